@@ -1,0 +1,77 @@
+"""The back ends, and the choice between them.
+
+A back end is a module with
+
+    unavailable() -> str | None              why it can not be used on this machine
+    reason_against(place, dtype, forced) -> str | None    why it can not compute there
+    fprop(problem, x, w, pattern, bias, activation, shape) -> y
+    dgrad(problem, dy, w, pattern, shape) -> dx
+    wgrad(problem, x, dy, pattern) -> dw
+    caches() -> list[Path]                             where its compiled code is kept
+
+that takes and gives eager tensors of TensorFlow. `w` holds the values of `pattern`, or
+is the dense HWIO kernel when `pattern` is None; `dw` likewise. `shape` is the output's,
+with all its batch dimensions. Back ends are imported when they are first needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import tensorflow as tf
+
+from sparse_conv.bridge import Place
+
+NAMES = ("cuda", "cpu")
+
+
+@functools.cache
+def _backend(name: str) -> ModuleType:
+    return importlib.import_module(f"sparse_conv.backends.{name}")
+
+
+@functools.lru_cache(maxsize=256)
+def select(place: Place, dtype: tf.DType, requested: str | None) -> ModuleType:
+    """The first back end that computes at `place`, or the requested one.
+
+    Args:
+        place: Where the operands live.
+        dtype: Their dtype.
+        requested: "cuda", "cpu", or None to choose.
+
+    Returns:
+        The module of the back end.
+
+    Raises:
+        ValueError: There is no back end of that name.
+        NotImplementedError: The requested one, or every one, can't; says why.
+    """
+    if requested is not None and requested not in NAMES:
+        raise ValueError(
+            f"`backend` must be None or one of {', '.join(NAMES)}. "
+            f"Received: backend={requested!r}"
+        )
+    reasons = []
+    for name in (requested,) if requested else NAMES:
+        backend = _backend(name)
+        reason = backend.reason_against(place, dtype, requested is not None)
+        if reason is None:
+            return backend
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(
+        f"No back end computes this convolution: {'; '.join(reasons)}. "
+        f"Received: {dtype.name} tensors on {place.device}"
+    )
+
+
+def statuses() -> list[tuple[str, str | None]]:
+    """Each back end's name, and why this machine can't use it; None if it can."""
+    return [(name, _backend(name).unavailable()) for name in NAMES]
+
+
+def caches() -> list[Path]:
+    """The directories that hold code compiled by the back ends."""
+    return [path for name in NAMES for path in _backend(name).caches()]

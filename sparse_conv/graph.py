@@ -1,0 +1,64 @@
+"""A Python function as a node of a TensorFlow graph, and what that can't do.
+
+XLA can't compile such a node and a SavedModel can't hold it; both get a clear error
+here. Knows nothing of convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from sparse_conv.tf_internals import in_xla_context, stop_recording
+
+_SAVING_ERROR = (
+    "A SavedModel can't hold a sparse convolution, which runs as a Python function. "
+    "Save the tf.function instead of a concrete function of it: it is then traced "
+    "anew, with a dense convolution. Received: a function that was traced for calls."
+)
+
+
+def call_in_graph(
+    function: Callable[..., tf.Tensor],
+    operands: Sequence[Any],
+    dtype: tf.DType,
+    shape: Sequence[int | None] | None,
+) -> tf.Tensor:
+    """Calls `function` with eager tensors whenever the graph runs.
+
+    Args:
+        function: Takes the operands as eager tensors, returns one.
+        operands: Tensors, or what converts to them.
+        dtype: Dtype of the result.
+        shape: Static shape of the result as far as it is known; None when nothing is.
+
+    Returns:
+        The symbolic result.
+
+    Raises:
+        NotImplementedError: The graph is built for XLA.
+    """
+    if in_xla_context():
+        raise NotImplementedError(
+            "A sparse convolution runs as a Python function, which XLA can't compile. "
+            "Received: a call inside of tf.function(jit_compile=True)"
+        )
+
+    def run(*tensors: tf.Tensor) -> tf.Tensor:
+        with stop_recording():
+            return function(*tensors)
+
+    _refuse_to_be_saved()
+    y = tf.py_function(run, operands, dtype)
+    y.set_shape(shape)
+    return y
+
+
+def _refuse_to_be_saved() -> None:
+    """Makes saving the graph under construction fail, and those that contain it."""
+    graph = tf.compat.v1.get_default_graph()
+    while hasattr(graph, "mark_as_unsaveable"):
+        graph.mark_as_unsaveable(_SAVING_ERROR)
+        graph = graph.outer_graph

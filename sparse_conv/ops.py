@@ -1,0 +1,223 @@
+"""`conv2d`: the arguments of a call, checked and converted, before anything computes.
+
+Knows the contract of `tf.nn.conv2d`. The passes and their gradients are in `autodiff`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from sparse_conv import activations, autodiff
+from sparse_conv.activations import Activation
+from sparse_conv.execution import Convolution
+from sparse_conv.problem import Geometry, infer_output_shape, normalize_geometry
+from sparse_conv.sparse_kernel import DTYPES, SparseKernel
+from sparse_conv.tf_internals import EagerTensor, autograph_artifact, in_save_context
+
+_NOT_DENSE = (str, bytes, dict, tf.RaggedTensor, tf.SparseTensor, tf.IndexedSlices)
+
+
+@autograph_artifact
+def conv2d(
+    input: Any,
+    filters: Any,
+    strides: Any,
+    padding: Any,
+    data_format: str | None = "NHWC",
+    dilations: Any = None,
+    name: str | None = None,
+    *,
+    bias: Any = None,
+    activation: str | Callable[[tf.Tensor], tf.Tensor] | None = None,
+    backend: str | None = None,
+) -> tf.Tensor:
+    """A 2-D convolution that skips the zeros of its kernel.
+
+    Equivalent to `tf.nn.conv2d(input, filters.to_dense(), strides, padding, ...)`, but
+    for two things: where a weight is zero, an Inf or NaN of the input does not reach
+    the output, and the order of summation is its own. float32 is exact to float32's
+    rounding; half and bfloat16 accumulate in float32.
+
+    Args:
+        input: (..., H, W, C) tensor, or (..., C, H, W) for "NCHW", with one batch
+            dimension or more; float16, bfloat16, float32, float64 or int32.
+        filters: A SparseKernel, or a dense (R, S, C / groups, K) tensor, variable or
+            array of the input's dtype, which is converted on the way: once for each
+            tensor object, at every call for a variable or an array.
+        strides: An int, or a sequence of length 1, 2 or 4.
+        padding: "SAME", "VALID", or four (before, after) pairs in the order of
+            `data_format`.
+        data_format: "NHWC" or "NCHW"; None means "NHWC".
+        dilations: As `strides`; None means 1.
+        name: Name of the operation in a graph.
+        bias: (K,) tensor, variable or array of the input's dtype, added to the output.
+        activation: Applied to the output: None, "relu", "relu6", "leaky_relu", "elu",
+            "sigmoid", "tanh", "gelu", "swish", or a callable. A name is fused.
+        backend: "cuda", "cpu", or None to choose by where the operands live.
+
+    Returns:
+        (..., P, Q, K) tensor, or (..., K, P, Q) for "NCHW", of the input's dtype.
+
+    Raises:
+        ValueError: A value, a shape or a combination of them is wrong.
+        TypeError: A type or dtype can't serve or doesn't match the input's.
+        NotImplementedError: Valid, but unsupported: strides or dilations in the batch
+            or channel dimension, a back end that can't, XLA.
+
+    References:
+        S. Han et al., Learning both Weights and Connections for Efficient Neural
+        Networks, https://arxiv.org/abs/1506.02626, for kernels with such zeros.
+    """
+    geometry = _geometry(strides, padding, data_format, dilations)
+    epilogue = activations.get(activation)
+    x = _input_tensor(input)
+    pattern, w, kernel_shape = _kernel_operand(filters, x)
+    bias = None if bias is None else _bias_tensor(bias, x, kernel_shape)
+    fused = epilogue if isinstance(epilogue, Activation) else activations.LINEAR
+    _check_activation(fused, x.dtype)
+    if x.shape.rank is not None and kernel_shape is not None:
+        infer_output_shape(tuple(x.shape), kernel_shape, geometry)
+    convolution = Convolution(geometry, pattern, backend)
+    if tf.executing_eagerly():
+        y = autodiff.fprop(convolution, x, w, bias, fused)
+    else:
+        with tf.name_scope(name or "sparse_conv2d"):
+            y = _graph_conv2d(convolution, x, w, filters, bias, fused)
+    return y if fused is epilogue else epilogue(y)
+
+
+def _graph_conv2d(
+    convolution: Convolution,
+    x: tf.Tensor,
+    w: tf.Tensor,
+    filters: Any,
+    bias: tf.Tensor | None,
+    activation: Activation,
+) -> tf.Tensor:
+    """The convolution in a graph; in a SavedModel, TensorFlow's dense one."""
+    if not in_save_context():
+        return autodiff.fprop(convolution, x, w, bias, activation)
+    geometry = convolution.geometry
+    padding = geometry.padding
+    if not isinstance(padding, str):
+        outer = (0, 0)
+        padding = (
+            [outer, *padding, outer]
+            if geometry.data_format == "NHWC"
+            else [outer, outer, *padding]
+        )
+    y = tf.nn.conv2d(
+        x,
+        filters.to_dense() if isinstance(filters, SparseKernel) else w,
+        geometry.strides,
+        padding,
+        geometry.data_format,
+        geometry.dilations,
+    )
+    if bias is not None:
+        y = tf.nn.bias_add(y, bias, geometry.data_format)
+    return activation.function(y)
+
+
+_cached_geometry = functools.lru_cache(maxsize=1024)(normalize_geometry)
+
+
+def _geometry(strides: Any, padding: Any, data_format: Any, dilations: Any) -> Geometry:
+    arguments = (strides, padding, data_format, dilations)
+    try:
+        hash(arguments)
+    except TypeError:
+        return normalize_geometry(*arguments)
+    return _cached_geometry(*arguments)
+
+
+def _input_tensor(value: Any) -> tf.Tensor:
+    x = value if isinstance(value, EagerTensor) else _tensor("input", value, None)
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"`input` must have one of the dtypes {', '.join(d.name for d in DTYPES)}. "
+            f"Received: input of dtype {x.dtype.name}"
+        )
+    return x
+
+
+def _kernel_operand(filters: Any, x: tf.Tensor):
+    """The pattern (None for a dense kernel), the operand of the passes, its shape."""
+    if isinstance(filters, SparseKernel):
+        w = filters.values
+        if not isinstance(w, EagerTensor):
+            w = tf.convert_to_tensor(w)
+        _check_dtype("filters", w, x)
+        return filters.pattern, w, filters.shape
+    w = filters
+    if not isinstance(w, EagerTensor):
+        w = _tensor("filters", filters, x)
+    _check_dtype("filters", w, x)
+    return None, w, None if w.shape.rank is None else tuple(w.shape)
+
+
+def _bias_tensor(value: Any, x: tf.Tensor, kernel_shape: tuple | None) -> tf.Tensor:
+    bias = value if isinstance(value, EagerTensor) else _tensor("bias", value, x)
+    _check_dtype("bias", bias, x)
+    outputs = (
+        None if kernel_shape is None or len(kernel_shape) != 4 else kernel_shape[3]
+    )
+    if not bias.shape.is_compatible_with([outputs]):
+        raise ValueError(
+            "`bias` must have one element for each output channel. "
+            f"Received: bias of shape {tuple(bias.shape)}, {outputs} output channels"
+        )
+    return bias
+
+
+def _tensor(name: str, value: Any, like: tf.Tensor | None) -> tf.Tensor:
+    """`value` as a dense tensor; floats in an array take the float dtype of `like`."""
+    if value is None or isinstance(value, _NOT_DENSE):
+        raise _type_error(name, value)
+    if isinstance(value, np.ndarray | list | tuple | np.generic):
+        return _from_array(name, value, like)
+    try:
+        return tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise _type_error(name, value) from error
+
+
+def _type_error(name: str, value: Any) -> TypeError:
+    return TypeError(
+        f"`{name}` must be a dense tensor, a variable or an array"
+        f"{' (or a SparseKernel)' if name == 'filters' else ''}. "
+        f"Received: {name} of type {type(value).__name__}"
+    )
+
+
+def _from_array(name: str, value: Any, like: tf.Tensor | None) -> tf.Tensor:
+    try:
+        tensor = tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise _type_error(name, value) from error
+    if like is None or tensor.dtype == like.dtype:
+        return tensor
+    if tensor.dtype.is_floating and like.dtype.is_floating:
+        return tf.cast(tensor, like.dtype)
+    return tensor
+
+
+def _check_dtype(name: str, tensor: tf.Tensor, x: tf.Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(
+            f"`{name}` must have the dtype of `input`. Received: {name} of dtype "
+            f"{tensor.dtype.name}, input of dtype {x.dtype.name}"
+        )
+
+
+def _check_activation(activation: Activation, dtype: tf.DType) -> None:
+    if dtype.is_integer and not activation.integer:
+        raise TypeError(
+            f"The activation {activation.name!r} is not defined for integers. "
+            f"Received: input of dtype {dtype.name}"
+        )

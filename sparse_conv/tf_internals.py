@@ -1,0 +1,43 @@
+"""Everything that this package takes from TensorFlow's private modules, in one place.
+
+Each name says why the public API does not serve. Knows nothing of convolutions.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow.python.autograph.impl import api as _autograph
+from tensorflow.python.eager import forwardprop_util as _forwardprop
+from tensorflow.python.eager import record as _record
+from tensorflow.python.framework import ops as _ops
+from tensorflow.python.ops import control_flow_util as _control_flow
+from tensorflow.python.saved_model import save_context as _save_context
+
+# The class of concrete tensors; the public API tells them from symbolic ones only by
+# an attribute lookup that costs more.
+EagerTensor = _ops.EagerTensor
+
+# Keeps AutoGraph from rewriting a function; `tf.autograph.experimental.do_not_convert`
+# does so, too, but its wrapper makes every eager call slower.
+autograph_artifact = _autograph.autograph_artifact
+
+# Recording an operation on the tapes costs 10 us, `tf.custom_gradient` 80 us.
+could_possibly_record = _record.could_possibly_record
+record_operation = _record.record_operation
+stop_recording = _record.stop_recording
+
+# Whether a graph is being built for a SavedModel, which can't hold a Python function.
+in_save_context = _save_context.in_save_context
+
+
+def needs_gradient(tensor: tf.Tensor) -> bool:
+    """Whether a tape or a forward accumulator follows `tensor`."""
+    tensors = [tensor]
+    return _record.should_record_backprop(tensors) or bool(
+        _forwardprop.pack_tangents(tensors).indices
+    )
+
+
+def in_xla_context() -> bool:
+    """Whether the graph under construction is for XLA, which can't hold one either."""
+    return _control_flow.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
