@@ -1,14 +1,16 @@
 """Tensors of TensorFlow as memory that a back end can read and fill, without copies.
 
 Knows where a tensor lives, how to allocate one with TensorFlow's allocator, and how to
-look at its memory. The GPU's streams are in `streams`; convolutions are unknown here.
+look at its memory. Launches and their order are in `streams`; convolutions are
+unknown here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -90,6 +92,75 @@ def empty(shape: tuple[int, ...], dtype: tf.DType, place: Place) -> tf.Tensor:
     """A tensor with arbitrary contents from the allocator of its device."""
     with tf.device(place.device):
         return tf.raw_ops.Empty(shape=_shape_tensor(shape), dtype=dtype)
+
+
+def output(shape: tuple[int, ...], dtype: tf.DType, place: Place) -> tf.Tensor:
+    """A tensor with arbitrary contents on a GPU, quickly if it is small.
+
+    Making a tensor costs TensorFlow 20 us, as long as a small convolution takes. Small
+    ones are therefore parts of larger tensors that a pool keeps; see `_pool`.
+    """
+    numpy_dtype = _POOLED.get(dtype)
+    if numpy_dtype is None:
+        return empty(shape, dtype, place)
+    import cupy
+
+    size = math.prod(shape) * numpy_dtype.itemsize
+    # CuPy labels memory with the current GPU, and TensorFlow reads the label.
+    labelled = cupy.cuda.runtime.getDevice() == ordinal_of(place) == place.index
+    if size > _POOLED_BYTES or not labelled:
+        return empty(shape, dtype, place)
+    array = cupy.ndarray(shape, numpy_dtype, _pool(place).malloc(size))
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+@functools.cache
+def ordinal_of(place: Place) -> int:
+    """CUDA's number of a GPU, which TensorFlow may count otherwise."""
+    import cupy
+
+    # Not int32, which TensorFlow would put into host memory.
+    probe = memory_of(empty((1,), tf.float32, place))
+    return cupy.cuda.runtime.pointerGetAttributes(probe.address).device
+
+
+# CuPy has no bfloat16.
+_POOLED = {
+    tf.float16: np.dtype("e"),
+    tf.float32: np.dtype("f"),
+    tf.float64: np.dtype("d"),
+}
+_POOLED_BYTES = 1 << 20
+_POOL_BYTES = 64 << 20
+
+
+@functools.cache
+def _pool(place: Place) -> Any:
+    """A CuPy pool of memory that TensorFlow allocated on one GPU.
+
+    A block returns to the pool when the tensor made of it dies. Its next user may then
+    write it, because every launch waits for all work that the context has by then.
+    """
+    import cupy
+
+    tensors = {}
+
+    def allocate(size: int, device: int) -> int:
+        del device
+        if pool.total_bytes() > _POOL_BYTES:
+            pool.free_all_blocks()
+        tensor = empty((size,), tf.uint8, place)
+        memory = memory_of(tensor)
+        tensors[memory.address] = memory
+        return memory.address
+
+    def free(address: int, device: int) -> None:
+        del device
+        tensors.pop(address, None)
+
+    allocator = cupy.cuda.PythonFunctionAllocator(allocate, free)
+    pool = cupy.cuda.MemoryPool(allocator.malloc)
+    return pool
 
 
 def host_view(tensor: tf.Tensor) -> np.ndarray:

@@ -1,14 +1,14 @@
 """One pass, run: straight away on eager tensors, by `tf.py_function` in a graph.
 
-Knows how to find the back end and what a graph needs to know beforehand. Knows nothing
-of gradients, and nothing of what a back end does.
+A Convolution remembers, for each shape and place it has met, a function that computes a
+pass there; a call that has been seen before costs one look-up. Knows how to find the
+back end and what a graph needs to know beforehand. Knows nothing of gradients, and
+nothing of what a back end does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -19,14 +19,19 @@ from sparse_conv.bridge import Place, place_of
 from sparse_conv.graph import call_in_graph
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import Geometry, Problem, infer_output_shape, make_problem
+from sparse_conv.tf_internals import shape_of
 
 # A tuple where it is known while a graph is built, else an int32 tensor.
 Shape = Any
+# Computes a pass for operands of one shape, dtype and place.
+Run = Callable[..., tf.Tensor]
+
+# Beyond so many shapes and places, a Convolution forgets what it remembers.
+_REMEMBERED = 1024
 
 
-@dataclass(frozen=True, eq=False, slots=True)
 class Convolution:
-    """What stays the same over the passes of one call of `conv2d`.
+    """What stays the same over the passes and calls of one convolution.
 
     Attributes:
         geometry: Strides, padding, dilations and layout.
@@ -34,23 +39,32 @@ class Convolution:
         backend: The back end asked for; None to choose.
     """
 
-    geometry: Geometry
-    pattern: Pattern | None
-    backend: str | None
+    def __init__(
+        self, geometry: Geometry, pattern: Pattern | None, backend: str | None
+    ):
+        self.geometry = geometry
+        self.pattern = pattern
+        self.backend = backend
+        self._runs: dict[Hashable, Run] = {}
 
     def kernel_shape(self, w_shape: Sequence[int]) -> tuple[int, int, int, int]:
         """The dense kernel's shape, given the shape of its values or of itself."""
         return tuple(w_shape) if self.pattern is None else self.pattern.shape
 
-    def problem(self, input_shape: Sequence[int], w_shape: Sequence[int]) -> Problem:
+    def problem(
+        self, input_shape: tuple[int, ...], w_shape: tuple[int, ...]
+    ) -> Problem:
         """The Problem for an input of that shape."""
-        return make_problem(
-            tuple(input_shape), self.kernel_shape(w_shape), self.geometry
-        )
+        return make_problem(input_shape, self.kernel_shape(w_shape), self.geometry)
 
-    def output_shape(self, input_shape: tuple[int, ...], problem: Problem):
-        """The output's shape with all the batch dimensions of the input."""
-        return (*input_shape[:-3], *problem.output_shape[1:])
+    def remembered(self, key: Hashable, build: Callable[[], Run]) -> Run:
+        """The function made for `key`, made now if it wasn't yet."""
+        run = self._runs.get(key)
+        if run is None:
+            if len(self._runs) >= _REMEMBERED:
+                self._runs.clear()
+            run = self._runs[key] = build()
+        return run
 
 
 def fprop(
@@ -63,17 +77,12 @@ def fprop(
     """The forward pass; see `autodiff.fprop` for the arguments."""
     if not tf.executing_eagerly():
         return _graph_fprop(convolution, x, w, bias, activation)
-    input_shape = tuple(x.shape)
-    problem = convolution.problem(input_shape, w.shape)
-    shape = convolution.output_shape(input_shape, problem)
-    backend, place, (x, w, bias) = _prepare(convolution, x, w, bias)
-    if _is_empty(shape):
-        return _zeros(shape, x.dtype, place)
-    if _is_empty(input_shape) or _is_empty(w.shape):
-        return _without_products(convolution, shape, x.dtype, place, bias, activation)
-    return backend.fprop(
-        problem, x, w, convolution.pattern, bias, activation.code, shape
+    operands = (x, w) if bias is None else (x, w, bias)
+    key = (activation.code, *map(_signature, operands))
+    run = convolution.remembered(
+        key, lambda: _build_fprop(convolution, operands, activation)
     )
+    return run(*operands)
 
 
 def dgrad(
@@ -82,11 +91,11 @@ def dgrad(
     """The gradient to the input; see `autodiff.dgrad` for the arguments."""
     if not tf.executing_eagerly():
         return _graph_dgrad(convolution, input_shape, dy, w)
-    problem = convolution.problem(input_shape, w.shape)
-    backend, place, (dy, w) = _prepare(convolution, dy, w)
-    if _is_empty(input_shape) or _is_empty(dy.shape) or _is_empty(w.shape):
-        return _zeros(input_shape, dy.dtype, place)
-    return backend.dgrad(problem, dy, w, convolution.pattern, input_shape)
+    key = ("dgrad", input_shape, _signature(dy), _signature(w))
+    run = convolution.remembered(
+        key, lambda: _build_dgrad(convolution, input_shape, (dy, w))
+    )
+    return run(dy, w)
 
 
 def wgrad(
@@ -95,67 +104,117 @@ def wgrad(
     """The gradient to the kernel; see `autodiff.wgrad` for the arguments."""
     if not tf.executing_eagerly():
         return _graph_wgrad(convolution, x, dy, kernel_shape)
-    problem = convolution.problem(tuple(x.shape), kernel_shape)
-    backend, place, (x, dy) = _prepare(convolution, x, dy)
-    if _is_empty(kernel_shape) or _is_empty(x.shape) or _is_empty(dy.shape):
-        return _zeros(kernel_shape, x.dtype, place)
-    return backend.wgrad(problem, x, dy, convolution.pattern)
+    key = ("wgrad", kernel_shape, _signature(x), _signature(dy))
+    run = convolution.remembered(
+        key, lambda: _build_wgrad(convolution, kernel_shape, (x, dy))
+    )
+    return run(x, dy)
 
 
-def _prepare(
-    convolution: Convolution, *tensors: tf.Tensor | None
-) -> tuple[ModuleType, Place, Sequence[tf.Tensor | None]]:
-    """The back end for these operands, and the operands brought to one place."""
-    place = place_of(tensors[0])
-    if any(t is not None and place_of(t) is not place for t in tensors):
-        place = _common_place(tensors)
-        with tf.device(place.device):
-            tensors = [t if t is None else tf.identity(t) for t in tensors]
-    backend = backends.select(place, tensors[0].dtype, convolution.backend)
-    return backend, place, tensors
+def _signature(tensor: tf.Tensor) -> Hashable:
+    """What decides how an eager operand is treated."""
+    return (shape_of(tensor), tensor.dtype, tensor.backing_device)
 
 
-def _common_place(tensors: Sequence[tf.Tensor | None]) -> Place:
-    """The one GPU among the operands' places.
+def _build_fprop(
+    convolution: Convolution, operands: Sequence[tf.Tensor], activation: Activation
+) -> Run:
+    x, w, *rest = operands
+    input_shape, dtype = shape_of(x), x.dtype
+    problem = convolution.problem(input_shape, shape_of(w))
+    shape = (*input_shape[:-3], *problem.output_shape[1:])
+    place = _common_place(operands)
+    backend = backends.select(place, dtype, convolution.backend)
+    if 0 in shape:
+        return lambda *_: _zeros(shape, dtype, place)
+    if 0 in input_shape or 0 in shape_of(w):
+        layout = convolution.geometry.data_format
+        return lambda _x, _w, bias=None: _without_products(
+            layout, _zeros(shape, dtype, place), bias, activation
+        )
+    run = backend.fprop(
+        problem,
+        dtype,
+        place,
+        convolution.pattern,
+        has_bias=bool(rest),
+        activation=activation.code,
+        shape=shape,
+    )
+    return _moving(run, operands, place)
 
-    As TensorFlow's own operations do, an operand in host memory follows the others to
+
+def _build_dgrad(
+    convolution: Convolution, shape: tuple[int, ...], operands: Sequence[tf.Tensor]
+) -> Run:
+    dy, w = operands
+    problem = convolution.problem(shape, shape_of(w))
+    place, dtype = _common_place(operands), dy.dtype
+    backend = backends.select(place, dtype, convolution.backend)
+    if 0 in shape or 0 in shape_of(dy) or 0 in shape_of(w):
+        return lambda *_: _zeros(shape, dtype, place)
+    run = backend.dgrad(problem, dtype, place, convolution.pattern, shape=shape)
+    return _moving(run, operands, place)
+
+
+def _build_wgrad(
+    convolution: Convolution, shape: tuple[int, ...], operands: Sequence[tf.Tensor]
+) -> Run:
+    x, dy = operands
+    problem = convolution.problem(shape_of(x), shape)
+    place, dtype = _common_place(operands), x.dtype
+    backend = backends.select(place, dtype, convolution.backend)
+    if 0 in shape or 0 in shape_of(x) or 0 in shape_of(dy):
+        return lambda *_: _zeros(shape, dtype, place)
+    run = backend.wgrad(problem, dtype, place, convolution.pattern)
+    return _moving(run, operands, place)
+
+
+def _common_place(operands: Sequence[tf.Tensor]) -> Place:
+    """Where the operands are brought together: the one GPU among their places.
+
+    As for TensorFlow's own operations, an operand in host memory follows the others to
     the GPU where they are.
     """
-    gpus = {place_of(t) for t in tensors if t is not None}
-    gpus = sorted(place for place in gpus if place.kind == "GPU")
+    places = {place_of(operand) for operand in operands}
+    gpus = sorted(place for place in places if place.kind == "GPU")
     if len(gpus) > 1:
         raise ValueError(
             "All operands must be on the same GPU, or in host memory. "
             f"Received: operands on {' and '.join(place.device for place in gpus)}"
         )
-    return gpus[0]
+    return gpus[0] if gpus else places.pop()
 
 
-def _is_empty(shape: Sequence[int]) -> bool:
-    return 0 in tuple(shape)
+def _moving(run: Run, operands: Sequence[tf.Tensor], place: Place) -> Run:
+    """`run`, behind copies of the operands to `place` where they live elsewhere."""
+    if all(place_of(operand) == place for operand in operands):
+        return run
+
+    def moved(*operands: tf.Tensor) -> tf.Tensor:
+        with tf.device(place.device):
+            return run(*(tf.identity(operand) for operand in operands))
+
+    return moved
 
 
 def _zeros(shape: Sequence[int], dtype: tf.DType, place: Place) -> tf.Tensor:
     with tf.device(place.device):
-        return tf.zeros(tuple(shape), dtype)
+        return tf.zeros(shape, dtype)
 
 
 def _without_products(
-    convolution: Convolution,
-    shape: tuple[int, ...],
-    dtype: tf.DType,
-    place: Place,
+    data_format: str,
+    zeros: tf.Tensor,
     bias: tf.Tensor | None,
     activation: Activation,
 ) -> tf.Tensor:
     """The output of a convolution that has no nonzero weight or no input."""
-    with tf.device(place.device):
-        y = tf.zeros(shape, dtype)
+    with tf.device(zeros.device):
+        y = zeros
         if bias is not None:
-            channels = -1 if convolution.geometry.data_format == "NHWC" else -3
-            aligned = [1] * len(shape)
-            aligned[channels] = shape[channels]
-            y += tf.reshape(bias, aligned)
+            per_channel = (-1,) if data_format == "NHWC" else (-1, 1, 1)
+            y += tf.reshape(bias, per_channel)
         return activation.function(y)
 
 

@@ -15,7 +15,8 @@ import tensorflow as tf
 from sparse_conv import activations, autodiff
 from sparse_conv.activations import Activation
 from sparse_conv.execution import Convolution
-from sparse_conv.problem import Geometry, infer_output_shape, normalize_geometry
+from sparse_conv.pattern import Pattern
+from sparse_conv.problem import Geometry, normalize_geometry
 from sparse_conv.sparse_kernel import DTYPES, SparseKernel
 from sparse_conv.tf_internals import EagerTensor, autograph_artifact, in_save_context
 
@@ -80,9 +81,7 @@ def conv2d(
     bias = None if bias is None else _bias_tensor(bias, x, kernel_shape)
     fused = epilogue if isinstance(epilogue, Activation) else activations.LINEAR
     _check_activation(fused, x.dtype)
-    if x.shape.rank is not None and kernel_shape is not None:
-        infer_output_shape(tuple(x.shape), kernel_shape, geometry)
-    convolution = Convolution(geometry, pattern, backend)
+    convolution = _convolution(geometry, pattern, backend)
     if tf.executing_eagerly():
         y = autodiff.fprop(convolution, x, w, bias, fused)
     else:
@@ -134,6 +133,23 @@ def _geometry(strides: Any, padding: Any, data_format: Any, dilations: Any) -> G
     except TypeError:
         return normalize_geometry(*arguments)
     return _cached_geometry(*arguments)
+
+
+def _convolution(
+    geometry: Geometry, pattern: Pattern | None, backend: str | None
+) -> Convolution:
+    """The Convolution of earlier calls with these arguments, or a new one."""
+    if pattern is None:
+        return _dense_convolution(geometry, backend)
+    return pattern.cached(
+        ("convolution", geometry, backend),
+        lambda: Convolution(geometry, pattern, backend),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _dense_convolution(geometry: Geometry, backend: str | None) -> Convolution:
+    return Convolution(geometry, None, backend)
 
 
 def _input_tensor(value: Any) -> tf.Tensor:

@@ -3,17 +3,22 @@
 TensorFlow does not tell its streams. Events of a whole context order them all without
 stopping the host: what is enqueued before `ordered` is done before our launches start,
 and what comes after it waits for them. Drivers before CUDA 12.5 have no such events;
-there the host waits. Knows CuPy; knows nothing of tensors or convolutions.
+there the host waits. Knows CuPy and how to launch; knows nothing of convolutions.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+
+from sparse_conv import jit
+from sparse_conv.bridge import Memory
+from sparse_conv.launch import Launch
 
 _STREAM_WAIT_DEFAULT = 0
 
@@ -61,6 +66,46 @@ def _check(status: int, call: str) -> None:
         raise DriverError(f"{call} failed. Received: CUresult {status}")
 
 
+class Step:
+    """A launch with what all its uses share: the function and the fixed operands."""
+
+    def __init__(self, launch: Launch, ordinal: int, fixed: Mapping[str, Memory]):
+        """Loads the function, compiling it if need be.
+
+        Args:
+            launch: The launch.
+            ordinal: CUDA's number of the GPU.
+            fixed: The memory of operands that are the same at each use.
+        """
+        self._function = jit.load_function(launch.function, launch.defines, ordinal)
+        self._launch = launch
+        # Holds on to the memory as well as to its addresses.
+        self._fixed = fixed
+        self._addresses = {name: memory.address for name, memory in fixed.items()}
+        size = len(launch.pack(self._addresses))
+        self._struct = np.dtype((np.void, size))
+
+    def run(self, operands: Mapping[str, Memory], stream: Any) -> None:
+        """Enqueues the launch on a CuPy stream.
+
+        Args:
+            operands: The memory of the other operands.
+            stream: The stream.
+        """
+        addresses = self._addresses.copy()
+        for name, memory in operands.items():
+            addresses[name] = memory.address
+        launch = self._launch
+        arguments = np.frombuffer(launch.pack(addresses), self._struct)[0]
+        self._function(
+            launch.grid,
+            launch.block,
+            (arguments,),
+            shared_mem=launch.shared_mem_bytes,
+            stream=stream,
+        )
+
+
 class _Lane:
     """One thread's stream on one GPU, with the events that order it."""
 
@@ -73,6 +118,10 @@ class _Lane:
         context = ctypes.c_void_p()
         _check(_driver().current_context(ctypes.byref(context)), "cuCtxGetCurrent")
         self._context = context.value
+
+    def launch(self, step: Step, operands: Mapping[str, Memory]) -> None:
+        """Enqueues a launch on the stream."""
+        step.run(operands, self.stream)
 
     def enter(self) -> None:
         """Makes the stream wait for all work in the context so far."""
@@ -106,31 +155,40 @@ def _lane(ordinal: int) -> _Lane:
     return lanes[ordinal]
 
 
-@contextlib.contextmanager
-def ordered(ordinal: int) -> Iterator[Any]:
-    """Gives a CuPy stream on GPU `ordinal`, ordered with TensorFlow's work around it.
+class ordered:
+    """A context in which launches on a GPU are ordered with TensorFlow's work there.
 
-    Args:
-        ordinal: CUDA's number of the GPU.
-
-    Yields:
-        The calling thread's stream there, with that GPU current.
-
-    Raises:
-        DriverError: The driver refused to order the streams.
+    Gives the calling thread's lane, whose `launch` takes a Step; that GPU is current
+    inside. The memory of the operands has to live until the context is left.
     """
-    import cupy
 
-    previous = cupy.cuda.runtime.getDevice()
-    if previous != ordinal:
-        cupy.cuda.runtime.setDevice(ordinal)
-    try:
-        lane = _lane(ordinal)
-        lane.enter()
+    __slots__ = ("_lane", "_ordinal", "_previous")
+
+    def __init__(self, ordinal: int):
+        """Names the GPU by CUDA's number."""
+        self._ordinal = ordinal
+
+    def __enter__(self) -> _Lane:
+        """Makes the GPU current and its lane wait for the work so far.
+
+        Raises:
+            DriverError: The driver refused to order the streams.
+        """
+        from cupy.cuda import runtime
+
+        self._previous = runtime.getDevice()
+        if self._previous != self._ordinal:
+            runtime.setDevice(self._ordinal)
+        self._lane = _lane(self._ordinal)
+        self._lane.enter()
+        return self._lane
+
+    def __exit__(self, *_: object) -> None:
+        """Makes later work wait for the launches, even if one of them failed."""
+        from cupy.cuda import runtime
+
         try:
-            yield lane.stream
+            self._lane.leave()
         finally:
-            lane.leave()
-    finally:
-        if previous != ordinal:
-            cupy.cuda.runtime.setDevice(previous)
+            if self._previous != self._ordinal:
+                runtime.setDevice(self._previous)

@@ -38,6 +38,11 @@ def needs_gradient(tensor: tf.Tensor) -> bool:
     )
 
 
+def shape_of(tensor: tf.Tensor) -> tuple[int, ...]:
+    """The shape of an eager tensor; ten times as fast as `tuple(tensor.shape)`."""
+    return tensor._shape_tuple()
+
+
 def in_xla_context() -> bool:
     """Whether the graph under construction is for XLA, which can't hold one either."""
     return _control_flow.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())

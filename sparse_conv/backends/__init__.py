@@ -2,16 +2,18 @@
 
 A back end is a module with
 
-    unavailable() -> str | None              why it can not be used on this machine
-    reason_against(place, dtype, forced) -> str | None    why it can not compute there
-    fprop(problem, x, w, pattern, bias, activation, shape) -> y
-    dgrad(problem, dy, w, pattern, shape) -> dx
-    wgrad(problem, x, dy, pattern) -> dw
-    caches() -> list[Path]                             where its compiled code is kept
+    unavailable() -> str | None           why this machine can't use it
+    reason_against(place, dtype, forced) -> str | None    why it can't compute there
+    fprop(problem, dtype, place, pattern, *, has_bias, activation, shape)
+        -> run(x, w[, bias]) -> y
+    dgrad(problem, dtype, place, pattern, *, shape) -> run(dy, w) -> dx
+    wgrad(problem, dtype, place, pattern) -> run(x, dy) -> dw
+    caches() -> list[Path]                where its compiled code is kept
 
-that takes and gives eager tensors of TensorFlow. `w` holds the values of `pattern`, or
-is the dense HWIO kernel when `pattern` is None; `dw` likewise. `shape` is the output's,
-with all its batch dimensions. Back ends are imported when they are first needed.
+Each pass is prepared for one problem and place, and then run on eager tensors that live
+there. `w` holds the values of `pattern`, or is the dense HWIO kernel when `pattern` is
+None; `dw` likewise. `shape` is the result's, with all its batch dimensions. No extent
+is 0. Back ends are imported when they are first needed.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import tensorflow as tf
 from sparse_conv.bridge import Place
 
 NAMES = ("cuda", "cpu")
+# In which order they are asked: for host memory, the CUDA back end is not even imported.
+_ORDER = {"GPU": ("cuda", "cpu"), "CPU": ("cpu", "cuda")}
 
 
 @functools.cache
@@ -55,7 +59,7 @@ def select(place: Place, dtype: tf.DType, requested: str | None) -> ModuleType:
             f"Received: backend={requested!r}"
         )
     reasons = []
-    for name in (requested,) if requested else NAMES:
+    for name in (requested,) if requested else _ORDER[place.kind]:
         backend = _backend(name)
         reason = backend.reason_against(place, dtype, requested is not None)
         if reason is None:

@@ -46,75 +46,79 @@ def caches() -> list[Path]:
 
 def fprop(
     problem: Problem,
-    x: tf.Tensor,
-    w: tf.Tensor,
+    dtype: tf.DType,
+    place: Place,
     pattern: Pattern | None,
-    bias: tf.Tensor | None,
+    *,
+    has_bias: bool,
     activation: int,
     shape: tuple[int, ...],
-) -> tf.Tensor:
+) -> Callable[..., tf.Tensor]:
     """The forward pass."""
-    pattern, values = _sparse(w, pattern)
+    del has_bias
     gather = fprop_gather(problem)
-    read = _view(x)
-    bias = None if bias is None else _view(bias)
 
-    def fill(write: np.ndarray) -> None:
+    def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
+        known, values = _sparse(w, pattern)
+        y, write = _new(shape, dtype)
         cpu_loops.gather(
             gather,
-            pattern.fprop_rows(),
+            known.fprop_rows(),
             values,
-            read.reshape(problem.input_shape),
+            _view(x).reshape(problem.input_shape),
             write.reshape(problem.output_shape),
-            bias,
+            None if bias is None else _view(bias),
             activation,
         )
+        return _finished(y, dtype, place)
 
-    return _filled(shape, x.dtype, fill)
+    return run
 
 
 def dgrad(
     problem: Problem,
-    dy: tf.Tensor,
-    w: tf.Tensor,
+    dtype: tf.DType,
+    place: Place,
     pattern: Pattern | None,
+    *,
     shape: tuple[int, ...],
-) -> tf.Tensor:
+) -> Callable[..., tf.Tensor]:
     """The gradient to the input."""
-    pattern, values = _sparse(w, pattern)
     gather = dgrad_gather(problem)
-    read = _view(dy)
 
-    def fill(write: np.ndarray) -> None:
+    def run(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+        known, values = _sparse(w, pattern)
+        dx, write = _new(shape, dtype)
         cpu_loops.gather(
             gather,
-            pattern.dgrad_rows(gather),
+            known.dgrad_rows(gather),
             values,
-            read.reshape(problem.output_shape),
+            _view(dy).reshape(problem.output_shape),
             write.reshape(problem.input_shape),
         )
+        return _finished(dx, dtype, place)
 
-    return _filled(shape, dy.dtype, fill)
+    return run
 
 
 def wgrad(
-    problem: Problem, x: tf.Tensor, dy: tf.Tensor, pattern: Pattern | None
-) -> tf.Tensor:
+    problem: Problem, dtype: tf.DType, place: Place, pattern: Pattern | None
+) -> Callable[..., tf.Tensor]:
     """The gradient to the values of the pattern, or to the dense kernel."""
     gather = fprop_gather(problem)
-    read = _view(x).reshape(problem.input_shape)
-    gradient = _view(dy).reshape(problem.output_shape)
-    if pattern is None:
 
-        def fill(write: np.ndarray) -> None:
+    def run(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+        read = _view(x).reshape(problem.input_shape)
+        gradient = _view(dy).reshape(problem.output_shape)
+        if pattern is None:
+            dw, write = _new(problem.kernel_shape, dtype)
             cpu_loops.wgrad_dense(gather, read, gradient, write)
+        else:
+            dw, write = _new((pattern.nnz,), dtype)
+            cpu_loops.wgrad(gather, pattern.fprop_rows(), read, gradient, write)
+        return _finished(dw, dtype, place)
 
-        return _filled(problem.kernel_shape, x.dtype, fill)
-
-    def fill_values(write: np.ndarray) -> None:
-        cpu_loops.wgrad(gather, pattern.fprop_rows(), read, gradient, write)
-
-    return _filled((pattern.nnz,), x.dtype, fill_values)
+    return run
 
 
 def _wide(dtype: tf.DType) -> tf.DType:
@@ -123,18 +127,27 @@ def _wide(dtype: tf.DType) -> tf.DType:
 
 
 def _view(tensor: tf.Tensor) -> np.ndarray:
+    """The elements as the loops take them; copied if they live on a GPU."""
     with tf.device(_HOST.device):
+        if bridge.place_of(tensor).kind == "GPU":
+            tensor = tf.identity(tensor)
         return bridge.host_view(tf.cast(tensor, _wide(tensor.dtype)))
 
 
-def _filled(
-    shape: tuple[int, ...], dtype: tf.DType, fill: Callable[[np.ndarray], None]
-) -> tf.Tensor:
-    """A new tensor of that shape and dtype, with the contents that `fill` writes."""
-    y = bridge.empty(tuple(shape), _wide(dtype), _HOST)
-    fill(bridge.host_view(y))
+def _new(shape: tuple[int, ...], dtype: tf.DType) -> tuple[tf.Tensor, np.ndarray]:
+    """A tensor with arbitrary contents, and the view through which to fill it."""
+    tensor = bridge.empty(shape, _wide(dtype), _HOST)
+    return tensor, bridge.host_view(tensor)
+
+
+def _finished(tensor: tf.Tensor, dtype: tf.DType, place: Place) -> tf.Tensor:
+    """A filled tensor in the caller's dtype, where its operands live."""
     with tf.device(_HOST.device):
-        return tf.cast(y, dtype)
+        tensor = tf.cast(tensor, dtype)
+    if place.kind == "CPU":
+        return tensor
+    with tf.device(place.device):
+        return tf.identity(tensor)
 
 
 def _sparse(w: tf.Tensor, pattern: Pattern | None) -> tuple[Pattern, np.ndarray]:

@@ -1,7 +1,7 @@
 """The back end for tensors on NVIDIA GPUs.
 
 Knows which launches serve which pass, and what they need on the device: the rows of a
-pattern, the output, scratch. All of it comes from TensorFlow's allocator. Which
+pattern, the output, scratch. All memory comes from TensorFlow's allocator. Which
 function and tile a launch takes is decided in `plan`.
 """
 
@@ -10,25 +10,26 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
-from sparse_conv import bridge, jit, plan
+from sparse_conv import bridge, plan
 from sparse_conv.bridge import Memory, Place
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.launch import Launch
 from sparse_conv.pattern import Pattern, Rows
 from sparse_conv.problem import Problem
-from sparse_conv.streams import ordered
+from sparse_conv.streams import Step, ordered
 from sparse_conv.tensor_cache import cached
 
 # Raw memory is asked for in elements of a dtype that TensorFlow keeps on the GPU: its
 # int32 tensors live in host memory.
 _CELL = tf.float32
+
+Operands = Mapping[str, Memory]
 
 
 @functools.cache
@@ -69,189 +70,142 @@ def caches() -> list[Path]:
     return [Path(os.environ.get("CUPY_CACHE_DIR") or default)]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Prepared:
-    """What calls of one shape share: a launch, and its operands that don't change.
-
-    Attributes:
-        launch: The launch.
-        ordinal: CUDA's number of the GPU.
-        fixed: Memory that every call reads: rows and origins.
-    """
-
-    launch: Launch
-    ordinal: int
-    fixed: Mapping[str, Memory]
-
-
 def fprop(
     problem: Problem,
-    x: tf.Tensor,
-    w: tf.Tensor,
-    pattern: Pattern | None,
-    bias: tf.Tensor | None,
-    activation: int,
-    shape: tuple[int, ...],
-) -> tf.Tensor:
-    """The forward pass."""
-    key = ("fprop", problem, x.dtype, activation, bias is not None, bridge.place_of(x))
-    prepared = _derived(w, pattern, key, _prepare_fprop)
-    return _gather(prepared, x, w, bias, shape)
-
-
-def dgrad(
-    problem: Problem,
-    dy: tf.Tensor,
-    w: tf.Tensor,
-    pattern: Pattern | None,
-    shape: tuple[int, ...],
-) -> tf.Tensor:
-    """The gradient to the input."""
-    key = ("dgrad", problem, dy.dtype, bridge.place_of(dy))
-    prepared = _derived(w, pattern, key, _prepare_dgrad)
-    return _gather(prepared, dy, w, None, shape)
-
-
-def wgrad(
-    problem: Problem, x: tf.Tensor, dy: tf.Tensor, pattern: Pattern | None
-) -> tf.Tensor:
-    """The gradient to the values of the pattern, or to the dense kernel."""
-    place = bridge.place_of(x)
-    gather = fprop_gather(problem)
-    nnz = _size(problem) if pattern is None else pattern.nnz
-    partial, total, workspace_bytes = plan.wgrad_launches(
-        gather, x.dtype.name, nnz, dense=pattern is None, device=_limits(place)
-    )
-    workspace = bridge.empty((-(-workspace_bytes // _CELL.size),), _CELL, place)
-    dw = bridge.empty(
-        problem.kernel_shape if pattern is None else (nnz,), x.dtype, place
-    )
-    operands = {
-        "read": bridge.memory_of(x),
-        "gradient": bridge.memory_of(dy),
-        "origins": _origins(gather, place),
-        "workspace": bridge.memory_of(workspace),
-        "write": bridge.memory_of(dw),
-    }
-    if pattern is not None:
-        operands.update(_pattern_rows(pattern, "fprop", pattern.fprop_rows, place))
-    with ordered(_ordinal(place)) as stream:
-        for launch in (partial, total):
-            _launch(launch, operands, stream, _ordinal(place))
-    return dw
-
-
-def _derived(w: tf.Tensor, pattern: Pattern | None, key: tuple, prepare) -> _Prepared:
-    """What `prepare` makes of `key`, kept with the pattern or the dense kernel."""
-    if pattern is None:
-        return cached(w, key, lambda: prepare(w, None, *key[1:]))
-    return pattern.cached(key, lambda: prepare(w, pattern, *key[1:]))
-
-
-def _prepare_fprop(
-    w: tf.Tensor,
-    pattern: Pattern | None,
-    problem: Problem,
     dtype: tf.DType,
-    activation: int,
-    has_bias: bool,
     place: Place,
-) -> _Prepared:
+    pattern: Pattern | None,
+    *,
+    has_bias: bool,
+    activation: int,
+    shape: tuple[int, ...],
+) -> Callable[..., tf.Tensor]:
+    """The forward pass."""
     gather = fprop_gather(problem)
-    if pattern is None:
-        rows = _compressed(w, gather, problem, place)
-    else:
-        rows = _pattern_rows(pattern, "fprop", pattern.fprop_rows, place)
     launch = plan.gather_launch(
         gather,
         dtype.name,
-        _size(problem) if pattern is None else pattern.nnz,
+        _nonzeros(problem, pattern),
         activation,
         has_bias=has_bias,
         has_order=False,
         device=_limits(place),
     )
-    return _Prepared(
-        launch, _ordinal(place), {**rows, "origins": _origins(gather, place)}
-    )
+    rows = None
+    if pattern is not None:
+        rows = _pattern_rows(pattern, "fprop", pattern.fprop_rows, place)
+    return _gather_run(launch, gather, problem, rows, shape, place)
 
 
-def _prepare_dgrad(
-    w: tf.Tensor,
-    pattern: Pattern | None,
+def dgrad(
     problem: Problem,
     dtype: tf.DType,
     place: Place,
-) -> _Prepared:
+    pattern: Pattern | None,
+    *,
+    shape: tuple[int, ...],
+) -> Callable[..., tf.Tensor]:
+    """The gradient to the input."""
     gather = dgrad_gather(problem)
-    if pattern is None:
-        rows = _compressed(w, gather, problem, place)
-    else:
-        key = (gather.groups, gather.h.kernel_taps, gather.w.kernel_taps)
-        rows = _pattern_rows(pattern, key, lambda: pattern.dgrad_rows(gather), place)
     launch = plan.gather_launch(
         gather,
         dtype.name,
-        _size(problem) if pattern is None else pattern.nnz,
+        _nonzeros(problem, pattern),
         has_bias=False,
         has_order=pattern is not None,
         device=_limits(place),
     )
-    return _Prepared(
-        launch, _ordinal(place), {**rows, "origins": _origins(gather, place)}
+    rows = None
+    if pattern is not None:
+        key = (gather.groups, gather.h.kernel_taps, gather.w.kernel_taps)
+        rows = _pattern_rows(pattern, key, lambda: pattern.dgrad_rows(gather), place)
+    return _gather_run(launch, gather, problem, rows, shape, place)
+
+
+def wgrad(
+    problem: Problem, dtype: tf.DType, place: Place, pattern: Pattern | None
+) -> Callable[..., tf.Tensor]:
+    """The gradient to the values of the pattern, or to the dense kernel."""
+    gather = fprop_gather(problem)
+    partial, total, workspace_bytes = plan.wgrad_launches(
+        gather,
+        dtype.name,
+        _nonzeros(problem, pattern),
+        dense=pattern is None,
+        device=_limits(place),
     )
+    fixed: dict[str, Memory] = {"origins": _origins(gather, place)}
+    shape = problem.kernel_shape
+    if pattern is not None:
+        fixed |= _pattern_rows(pattern, "fprop", pattern.fprop_rows, place)
+        shape = (pattern.nnz,)
+    cells = (-(-workspace_bytes // _CELL.size),)
+    ordinal = bridge.ordinal_of(place)
+    steps = [Step(launch, ordinal, fixed) for launch in (partial, total)]
+
+    def run(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+        workspace = bridge.empty(cells, _CELL, place)
+        dw = bridge.empty(shape, dtype, place)
+        operands = {
+            "read": bridge.memory_of(x),
+            "gradient": bridge.memory_of(dy),
+            "workspace": bridge.memory_of(workspace),
+            "write": bridge.memory_of(dw),
+        }
+        with ordered(ordinal) as lane:
+            for step in steps:
+                lane.launch(step, operands)
+        return dw
+
+    return run
 
 
-def _gather(
-    prepared: _Prepared,
-    read: tf.Tensor,
-    w: tf.Tensor,
-    bias: tf.Tensor | None,
+def _gather_run(
+    launch: Launch,
+    gather: Gather,
+    problem: Problem,
+    rows: Operands | None,
     shape: tuple[int, ...],
-) -> tf.Tensor:
-    write = bridge.empty(shape, read.dtype, bridge.place_of(read))
-    # The values of a compressed dense kernel are among the fixed operands.
-    operands = {
-        "values": bridge.memory_of(w),
-        **prepared.fixed,
-        "read": bridge.memory_of(read),
-        "write": bridge.memory_of(write),
-    }
-    if bias is not None:
-        operands["bias"] = bridge.memory_of(bias)
-    with ordered(prepared.ordinal) as stream:
-        _launch(prepared.launch, operands, stream, prepared.ordinal)
-    return write
+    place: Place,
+) -> Callable[..., tf.Tensor]:
+    """The function of fprop and of dgrad; without `rows`, the kernel is dense."""
+    ordinal = bridge.ordinal_of(place)
+    origins = {"origins": _origins(gather, place)}
+    step = Step(launch, ordinal, origins if rows is None else {**rows, **origins})
+
+    def run(read: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
+        write = bridge.output(shape, read.dtype, place)
+        operands = {"read": bridge.memory_of(read), "write": bridge.memory_of(write)}
+        if rows is None:
+            operands |= cached(
+                w, gather, lambda: _compressed(w, gather, problem, place)
+            )
+        else:
+            operands["values"] = cached(w, "memory", lambda: bridge.memory_of(w))
+        if bias is not None:
+            operands["bias"] = bridge.memory_of(bias)
+        with ordered(ordinal) as lane:
+            lane.launch(step, operands)
+        return write
+
+    return run
 
 
-def _launch(
-    launch: Launch, operands: Mapping[str, Memory], stream: object, ordinal: int
-) -> None:
-    function = jit.load_function(launch.function, launch.defines, ordinal)
-    addresses = {name: memory.address for name, memory in operands.items()}
-    arguments = np.frombuffer(launch.pack(addresses), np.uint8)
-    arguments = arguments.view(np.dtype((np.void, len(arguments))))[0]
-    function(
-        launch.grid,
-        launch.block,
-        (arguments,),
-        shared_mem=launch.shared_mem_bytes,
-        stream=stream,
-    )
-
-
-def _size(problem: Problem) -> int:
+def _nonzeros(problem: Problem, pattern: Pattern | None) -> int:
+    """The nonzeros of a kernel; all weights where nobody counted the zeros."""
+    if pattern is not None:
+        return pattern.nnz
     return problem.r * problem.s * problem.group_channels * problem.k
 
 
 def _pattern_rows(
-    pattern: Pattern, key: object, rows: object, place: Place
-) -> Mapping[str, Memory]:
+    pattern: Pattern, key: object, rows: Callable[[], Rows], place: Place
+) -> Operands:
     """A pattern's rows on the GPU, uploaded once."""
     return pattern.cached(("cuda", key, place), lambda: _upload_rows(rows(), place))
 
 
-def _upload_rows(rows: Rows, place: Place) -> Mapping[str, Memory]:
+def _upload_rows(rows: Rows, place: Place) -> Operands:
     arrays = {"begin": rows.begin, "end": rows.end, "indices": rows.indices}
     if rows.order is not None:
         arrays["order"] = rows.order
@@ -283,7 +237,7 @@ def _kernel_taps(gather: Gather, place: Place) -> Memory:
 
 def _compressed(
     w: tf.Tensor, gather: Gather, problem: Problem, place: Place
-) -> Mapping[str, Memory]:
+) -> Operands:
     """The rows of a dense kernel, found on the GPU without a wait of the host."""
     launch = plan.compress_launch(gather, w.dtype.name, problem.kernel_shape)
     slots = gather.rows * gather.row_length
@@ -294,31 +248,19 @@ def _compressed(
         "values": bridge.empty((slots,), w.dtype, place),
     }
     rows = {name: bridge.memory_of(tensor) for name, tensor in results.items()}
-    operands = {
-        **rows,
-        "kernel": bridge.memory_of(w),
-        "taps": _kernel_taps(gather, place),
-    }
-    ordinal = _ordinal(place)
-    with ordered(ordinal) as stream:
-        _launch(launch, operands, stream, ordinal)
+    operands = {**rows, "kernel": bridge.memory_of(w)}
+    ordinal = bridge.ordinal_of(place)
+    step = Step(launch, ordinal, {"taps": _kernel_taps(gather, place)})
+    with ordered(ordinal) as lane:
+        lane.launch(step, operands)
     return rows
-
-
-@functools.cache
-def _ordinal(place: Place) -> int:
-    """CUDA's number of the GPU, which TensorFlow may count otherwise."""
-    import cupy
-
-    probe = bridge.memory_of(bridge.empty((1,), _CELL, place))
-    return cupy.cuda.runtime.pointerGetAttributes(probe.address).device
 
 
 @functools.cache
 def _limits(place: Place) -> plan.DeviceLimits:
     import cupy
 
-    attributes = cupy.cuda.Device(_ordinal(place)).attributes
+    attributes = cupy.cuda.Device(bridge.ordinal_of(place)).attributes
     return plan.DeviceLimits(
         multiprocessors=attributes["MultiProcessorCount"],
         shared_mem_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
