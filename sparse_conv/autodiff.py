@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from sparse_conv import execution
 from sparse_conv.activations import LINEAR, Activation
-from sparse_conv.execution import Convolution, Shape
+from sparse_conv.execution import Convolution, RuntimeShape, Shape
 from sparse_conv.tf_internals import (
     could_possibly_record,
     needs_gradient,
@@ -23,9 +23,12 @@ from sparse_conv.tf_internals import (
     stop_recording,
 )
 
-# From the gradient of an operation's output, the output, and which operands need
-# theirs: the gradients of the operands.
-Gradients = Callable[[tf.Tensor, tf.Tensor, Sequence[bool]], list[Any]]
+# From an operation's operands, its output, the gradient of the output, and which of the
+# operands need theirs: the gradients of the operands. It must use no other tensor: in a
+# graph, another one may be out of scope when a gradient is differentiated again.
+Gradients = Callable[
+    [Sequence[tf.Tensor], tf.Tensor, tf.Tensor, Sequence[bool]], list[Any]
+]
 
 
 def fprop(
@@ -57,7 +60,13 @@ def fprop(
     def compute(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
         return execution.fprop(convolution, x, w, bias, activation)
 
-    def gradients(dy: tf.Tensor, y: tf.Tensor, needed: Sequence[bool]) -> list[Any]:
+    def gradients(
+        operands: Sequence[tf.Tensor],
+        y: tf.Tensor,
+        dy: tf.Tensor,
+        needed: Sequence[bool],
+    ) -> list[Any]:
+        x, w = operands[:2]
         dz = activation.gradient(dy, y)
         return [
             dgrad(convolution, _shape(x), dz, w) if needed[0] else None,
@@ -77,7 +86,13 @@ def dgrad(
     def compute(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
         return execution.dgrad(convolution, input_shape, dy, w)
 
-    def gradients(ddx: tf.Tensor, _: tf.Tensor, needed: Sequence[bool]) -> list[Any]:
+    def gradients(
+        operands: Sequence[tf.Tensor],
+        _: tf.Tensor,
+        ddx: tf.Tensor,
+        needed: Sequence[bool],
+    ) -> list[Any]:
+        dy, w = operands
         return [
             fprop(convolution, ddx, w) if needed[0] else None,
             wgrad(convolution, ddx, dy, _shape(w)) if needed[1] else None,
@@ -94,7 +109,13 @@ def wgrad(
     def compute(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
         return execution.wgrad(convolution, x, dy, kernel_shape)
 
-    def gradients(ddw: tf.Tensor, _: tf.Tensor, needed: Sequence[bool]) -> list[Any]:
+    def gradients(
+        operands: Sequence[tf.Tensor],
+        _: tf.Tensor,
+        ddw: tf.Tensor,
+        needed: Sequence[bool],
+    ) -> list[Any]:
+        x, dy = operands
         return [
             dgrad(convolution, _shape(x), dy, ddw) if needed[0] else None,
             fprop(convolution, x, ddw) if needed[1] else None,
@@ -121,7 +142,7 @@ def _differentiable(
     if any(needed):
 
         def backward(dy: Any) -> list[Any]:
-            return gradients(tf.convert_to_tensor(dy), y, needed)
+            return gradients(operands, y, tf.convert_to_tensor(dy), needed)
 
         record_operation(name, [y], operands, backward)
     return y
@@ -138,10 +159,12 @@ def _with_graph_gradient(
 
     @tf.custom_gradient
     def operation(*operands: tf.Tensor):
+        # Tensors of this very graph, even if the operands come from an outer one.
+        operands = [tf.identity(operand) for operand in operands]
         y = compute(*operands)
 
         def gradient(dy: tf.Tensor) -> list[tf.Tensor]:
-            return gradients(dy, y, [True] * len(operands))
+            return gradients(operands, y, dy, [True] * len(operands))
 
         return y, gradient
 
@@ -149,10 +172,10 @@ def _with_graph_gradient(
 
 
 def _shape(tensor: tf.Tensor) -> Shape:
-    """The shape as a tuple where it is known, else as a tensor."""
+    """The tensor's shape, as a tuple where it is known."""
     if tensor.shape.is_fully_defined():
         return tuple(tensor.shape)
-    return tf.shape(tensor)
+    return RuntimeShape(tf.shape(tensor), tensor.shape)
 
 
 def _bias_gradient(convolution: Convolution, dz: tf.Tensor) -> tf.Tensor:

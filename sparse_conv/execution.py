@@ -9,7 +9,7 @@ nothing of what a back end does.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -21,8 +21,20 @@ from sparse_conv.pattern import Pattern
 from sparse_conv.problem import Geometry, Problem, infer_output_shape, make_problem
 from sparse_conv.tf_internals import shape_of
 
-# A tuple where it is known while a graph is built, else an int32 tensor.
-Shape = Any
+
+class RuntimeShape(NamedTuple):
+    """A shape that is known only when the graph runs.
+
+    Attributes:
+        value: (rank,) int32 tensor.
+        static: What is known of it while the graph is built.
+    """
+
+    value: tf.Tensor
+    static: tf.TensorShape
+
+
+Shape = tuple[int, ...] | RuntimeShape
 # Computes a pass for operands of one shape, dtype and place.
 Run = Callable[..., tf.Tensor]
 
@@ -42,6 +54,7 @@ class Convolution:
     def __init__(
         self, geometry: Geometry, pattern: Pattern | None, backend: str | None
     ):
+        backends.check_name(backend)
         self.geometry = geometry
         self.pattern = pattern
         self.backend = backend
@@ -111,6 +124,15 @@ def wgrad(
     return run(x, dy)
 
 
+def check_bias_shape(shape: tf.TensorShape | Sequence[int], outputs: int | None):
+    """Raises a ValueError unless `shape`, as far as it is known, is (outputs,)."""
+    if not tf.TensorShape(shape).is_compatible_with([outputs]):
+        raise ValueError(
+            "`bias` must have one element for each output channel. "
+            f"Received: bias of shape {tuple(shape)}, {outputs} output channels"
+        )
+
+
 def _signature(tensor: tf.Tensor) -> Hashable:
     """What decides how an eager operand is treated."""
     return (shape_of(tensor), tensor.dtype, tensor.backing_device)
@@ -122,6 +144,8 @@ def _build_fprop(
     x, w, *rest = operands
     input_shape, dtype = shape_of(x), x.dtype
     problem = convolution.problem(input_shape, shape_of(w))
+    if rest:
+        check_bias_shape(shape_of(rest[0]), problem.k)
     shape = (*input_shape[:-3], *problem.output_shape[1:])
     place = _common_place(operands)
     backend = backends.select(place, dtype, convolution.backend)
@@ -244,7 +268,8 @@ def _graph_dgrad(
     def run(dy: tf.Tensor, w: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
         return dgrad(convolution, tuple(shape.numpy().tolist()), dy, w)
 
-    return call_in_graph(run, [dy, w, input_shape], dy.dtype, _static(input_shape))
+    value, static = _graph_shape(input_shape)
+    return call_in_graph(run, [dy, w, value], dy.dtype, static)
 
 
 def _graph_wgrad(
@@ -253,9 +278,11 @@ def _graph_wgrad(
     def run(x: tf.Tensor, dy: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
         return wgrad(convolution, x, dy, tuple(shape.numpy().tolist()))
 
-    return call_in_graph(run, [x, dy, kernel_shape], x.dtype, _static(kernel_shape))
+    value, static = _graph_shape(kernel_shape)
+    return call_in_graph(run, [x, dy, value], x.dtype, static)
 
 
-def _static(shape: Shape) -> Sequence[int | None] | None:
-    """What is known of a shape while a graph is built."""
-    return shape if isinstance(shape, tuple) else None
+def _graph_shape(shape: Shape) -> RuntimeShape:
+    if isinstance(shape, RuntimeShape):
+        return shape
+    return RuntimeShape(tf.constant(shape, tf.int32), tf.TensorShape(shape))

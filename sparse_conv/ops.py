@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from sparse_conv import activations, autodiff
 from sparse_conv.activations import Activation
-from sparse_conv.execution import Convolution
+from sparse_conv.execution import Convolution, check_bias_shape
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import Geometry, normalize_geometry
 from sparse_conv.sparse_kernel import DTYPES, SparseKernel
@@ -183,11 +183,7 @@ def _bias_tensor(value: Any, x: tf.Tensor, kernel_shape: tuple | None) -> tf.Ten
     outputs = (
         None if kernel_shape is None or len(kernel_shape) != 4 else kernel_shape[3]
     )
-    if not bias.shape.is_compatible_with([outputs]):
-        raise ValueError(
-            "`bias` must have one element for each output channel. "
-            f"Received: bias of shape {tuple(bias.shape)}, {outputs} output channels"
-        )
+    check_bias_shape(bias.shape, outputs)
     return bias
 
 

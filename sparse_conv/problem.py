@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,8 +154,8 @@ def _normalize_data_format(data_format: Any) -> str:
 
 def _integer(name: str, value: Any, received: Any) -> int:
     """`value` as a Python int; whole floats pass, as they do in TensorFlow."""
-    if isinstance(value, numbers.Real) and float(value).is_integer():
-        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        value = int(value) if float(value).is_integer() else value
     try:
         return operator.index(value)
     except TypeError:
@@ -165,11 +165,9 @@ def _integer(name: str, value: Any, received: Any) -> int:
 
 
 def _elements(name: str, value: Any) -> Sequence[Any]:
-    """The elements of a list, tuple, array or eager tensor; a scalar gives one."""
+    """The elements of a sequence, array or eager tensor; a scalar gives one."""
     if isinstance(value, str | bytes):
         raise TypeError(f"`{name}` must be whole numbers. Received: {name}={value!r}")
-    if isinstance(value, list | tuple):
-        return value
     if hasattr(value, "__array__"):
         try:
             value = np.asarray(value)
@@ -184,7 +182,7 @@ def _elements(name: str, value: Any) -> Sequence[Any]:
                 f"Received: {name} of shape {value.shape}"
             )
         return value.reshape(-1).tolist()
-    return [value]
+    return list(value) if isinstance(value, Iterable) else [value]
 
 
 def _normalize_pair(name: str, value: Any, data_format: str) -> tuple[int, int]:
