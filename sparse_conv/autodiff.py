@@ -50,9 +50,8 @@ def fprop(
     Returns:
         The output.
     """
-    recording = could_possibly_record()
-    if not recording and tf.executing_eagerly():
-        return execution.fprop(convolution, x, w, bias, activation)
+    if not could_possibly_record() and tf.executing_eagerly():
+        return execution.eager_fprop(convolution, x, w, bias, activation)
     if activation.gradient is None and x.dtype.is_floating:
         # Its gradient needs what goes into it, so TensorFlow applies and records it.
         return activation.function(fprop(convolution, x, w, bias))

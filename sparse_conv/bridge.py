@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,34 +95,40 @@ def empty(shape: tuple[int, ...], dtype: tf.DType, place: Place) -> tf.Tensor:
         return tf.raw_ops.Empty(shape=_shape_tensor(shape), dtype=dtype)
 
 
-def output(shape: tuple[int, ...], dtype: tf.DType, place: Place) -> tf.Tensor:
-    """A tensor with arbitrary contents on a GPU, quickly if it is small.
+def output(
+    shape: tuple[int, ...], dtype: tf.DType, place: Place
+) -> tuple[tf.Tensor, Memory]:
+    """A tensor with arbitrary contents on a GPU, fast if it is small, and its memory.
 
     Making a tensor costs TensorFlow 20 us, as long as a small convolution takes. Small
     ones are therefore parts of larger tensors that a pool keeps; see `_pool`.
     """
-    numpy_dtype = _POOLED.get(dtype)
-    if numpy_dtype is None:
-        return empty(shape, dtype, place)
-    import cupy
-
-    size = math.prod(shape) * numpy_dtype.itemsize
+    pooled = _POOLED.get(dtype)
+    size = math.prod(shape) * dtype.size
+    cupy = _cupy()
     # CuPy labels memory with the current GPU, and TensorFlow reads the label.
     labelled = cupy.cuda.runtime.getDevice() == ordinal_of(place) == place.index
-    if size > _POOLED_BYTES or not labelled:
-        return empty(shape, dtype, place)
-    array = cupy.ndarray(shape, numpy_dtype, _pool(place).malloc(size))
-    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    if pooled is None or size > _POOLED_BYTES or not labelled:
+        tensor = empty(shape, dtype, place)
+        return tensor, memory_of(tensor)
+    block = _pool(place).malloc(size)
+    capsule = cupy.ndarray(shape, pooled, block).__dlpack__()
+    return tf.experimental.dlpack.from_dlpack(capsule), Memory(block.ptr, block)
+
+
+@functools.cache
+def _cupy() -> ModuleType:
+    import cupy
+
+    return cupy
 
 
 @functools.cache
 def ordinal_of(place: Place) -> int:
     """CUDA's number of a GPU, which TensorFlow may count otherwise."""
-    import cupy
-
     # Not int32, which TensorFlow would put into host memory.
     probe = memory_of(empty((1,), tf.float32, place))
-    return cupy.cuda.runtime.pointerGetAttributes(probe.address).device
+    return _cupy().cuda.runtime.pointerGetAttributes(probe.address).device
 
 
 # CuPy has no bfloat16.
@@ -141,8 +148,7 @@ def _pool(place: Place) -> Any:
     A block returns to the pool when the tensor made of it dies. Its next user may then
     write it, because every launch waits for all work that the context has by then.
     """
-    import cupy
-
+    cupy = _cupy()
     tensors = {}
 
     def allocate(size: int, device: int) -> int:

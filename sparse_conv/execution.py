@@ -19,6 +19,7 @@ from sparse_conv.bridge import Place, place_of
 from sparse_conv.graph import call_in_graph
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import Geometry, Problem, infer_output_shape, make_problem
+from sparse_conv.sparse_kernel import check_dtype
 from sparse_conv.tf_internals import shape_of
 
 
@@ -88,8 +89,19 @@ def fprop(
     activation: Activation,
 ) -> tf.Tensor:
     """The forward pass; see `autodiff.fprop` for the arguments."""
-    if not tf.executing_eagerly():
-        return _graph_fprop(convolution, x, w, bias, activation)
+    if tf.executing_eagerly():
+        return eager_fprop(convolution, x, w, bias, activation)
+    return _graph_fprop(convolution, x, w, bias, activation)
+
+
+def eager_fprop(
+    convolution: Convolution,
+    x: tf.Tensor,
+    w: tf.Tensor,
+    bias: tf.Tensor | None,
+    activation: Activation,
+) -> tf.Tensor:
+    """The forward pass on eager tensors."""
     operands = (x, w) if bias is None else (x, w, bias)
     key = (activation.code, *map(_signature, operands))
     run = convolution.remembered(
@@ -124,13 +136,44 @@ def wgrad(
     return run(x, dy)
 
 
-def check_bias_shape(shape: tf.TensorShape | Sequence[int], outputs: int | None):
-    """Raises a ValueError unless `shape`, as far as it is known, is (outputs,)."""
-    if not tf.TensorShape(shape).is_compatible_with([outputs]):
-        raise ValueError(
-            "`bias` must have one element for each output channel. "
-            f"Received: bias of shape {tuple(shape)}, {outputs} output channels"
+def check_operands(
+    convolution: Convolution, operands: Sequence[tf.Tensor], activation: Activation
+) -> None:
+    """Checks dtypes and the bias, as far as they are known.
+
+    Args:
+        convolution: What is convolved.
+        operands: The input, the kernel's values or the dense kernel, and maybe a bias.
+        activation: The fused activation.
+
+    Raises:
+        TypeError: A dtype can't serve or doesn't match the input's.
+        ValueError: The bias does not have one element for each output channel.
+    """
+    x, w, *rest = operands
+    check_dtype("input", x.dtype)
+    for name, operand in zip(("filters", "bias"), (w, *rest), strict=False):
+        if operand.dtype != x.dtype:
+            raise TypeError(
+                f"`{name}` must have the dtype of `input`. Received: {name} of dtype "
+                f"{operand.dtype.name}, input of dtype {x.dtype.name}"
+            )
+    if x.dtype.is_integer and not activation.integer:
+        raise TypeError(
+            f"The activation {activation.name!r} is not defined for integers. "
+            f"Received: input of dtype {x.dtype.name}"
         )
+    outputs = None
+    if convolution.pattern is not None:
+        outputs = convolution.pattern.shape[3]
+    elif w.shape.rank == 4:
+        outputs = w.shape[3]
+    for bias in rest:
+        if not bias.shape.is_compatible_with([outputs]):
+            raise ValueError(
+                "`bias` must have one element for each output channel. Received: bias "
+                f"of shape {tuple(bias.shape)}, {outputs} output channels"
+            )
 
 
 def _signature(tensor: tf.Tensor) -> Hashable:
@@ -142,10 +185,9 @@ def _build_fprop(
     convolution: Convolution, operands: Sequence[tf.Tensor], activation: Activation
 ) -> Run:
     x, w, *rest = operands
+    check_operands(convolution, operands, activation)
     input_shape, dtype = shape_of(x), x.dtype
     problem = convolution.problem(input_shape, shape_of(w))
-    if rest:
-        check_bias_shape(shape_of(rest[0]), problem.k)
     shape = (*input_shape[:-3], *problem.output_shape[1:])
     place = _common_place(operands)
     backend = backends.select(place, dtype, convolution.backend)
@@ -250,7 +292,7 @@ def _graph_fprop(
     activation: Activation,
 ) -> tf.Tensor:
     def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        return fprop(convolution, x, w, bias, activation)
+        return eager_fprop(convolution, x, w, bias, activation)
 
     shape = None
     if x.shape.rank is not None and w.shape.rank is not None:

@@ -14,10 +14,10 @@ import tensorflow as tf
 
 from sparse_conv import activations, autodiff
 from sparse_conv.activations import Activation
-from sparse_conv.execution import Convolution, check_bias_shape
+from sparse_conv.execution import Convolution, check_operands
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import Geometry, normalize_geometry
-from sparse_conv.sparse_kernel import DTYPES, SparseKernel
+from sparse_conv.sparse_kernel import SparseKernel
 from sparse_conv.tf_internals import EagerTensor, autograph_artifact, in_save_context
 
 _NOT_DENSE = (str, bytes, dict, tf.RaggedTensor, tf.SparseTensor, tf.IndexedSlices)
@@ -76,11 +76,10 @@ def conv2d(
     """
     geometry = _geometry(strides, padding, data_format, dilations)
     epilogue = activations.get(activation)
-    x = _input_tensor(input)
-    pattern, w, kernel_shape = _kernel_operand(filters, x)
-    bias = None if bias is None else _bias_tensor(bias, x, kernel_shape)
+    x = _tensor("input", input, None)
+    pattern, w = _kernel_operand(filters, x)
+    bias = None if bias is None else _tensor("bias", bias, x)
     fused = epilogue if isinstance(epilogue, Activation) else activations.LINEAR
-    _check_activation(fused, x.dtype)
     convolution = _convolution(geometry, pattern, backend)
     if tf.executing_eagerly():
         y = autodiff.fprop(convolution, x, w, bias, fused)
@@ -99,6 +98,7 @@ def _graph_conv2d(
     activation: Activation,
 ) -> tf.Tensor:
     """The convolution in a graph; in a SavedModel, TensorFlow's dense one."""
+    check_operands(convolution, [x, w] if bias is None else [x, w, bias], activation)
     if not in_save_context():
         return autodiff.fprop(convolution, x, w, bias, activation)
     geometry = convolution.geometry
@@ -152,43 +152,20 @@ def _dense_convolution(geometry: Geometry, backend: str | None) -> Convolution:
     return Convolution(geometry, None, backend)
 
 
-def _input_tensor(value: Any) -> tf.Tensor:
-    x = value if isinstance(value, EagerTensor) else _tensor("input", value, None)
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"`input` must have one of the dtypes {', '.join(d.name for d in DTYPES)}. "
-            f"Received: input of dtype {x.dtype.name}"
-        )
-    return x
-
-
-def _kernel_operand(filters: Any, x: tf.Tensor):
-    """The pattern (None for a dense kernel), the operand of the passes, its shape."""
+def _kernel_operand(filters: Any, x: tf.Tensor) -> tuple[Pattern | None, tf.Tensor]:
+    """The pattern, None for a dense kernel, and the operand of the passes."""
     if isinstance(filters, SparseKernel):
         w = filters.values
-        if not isinstance(w, EagerTensor):
-            w = tf.convert_to_tensor(w)
-        _check_dtype("filters", w, x)
-        return filters.pattern, w, filters.shape
-    w = filters
-    if not isinstance(w, EagerTensor):
-        w = _tensor("filters", filters, x)
-    _check_dtype("filters", w, x)
-    return None, w, None if w.shape.rank is None else tuple(w.shape)
-
-
-def _bias_tensor(value: Any, x: tf.Tensor, kernel_shape: tuple | None) -> tf.Tensor:
-    bias = value if isinstance(value, EagerTensor) else _tensor("bias", value, x)
-    _check_dtype("bias", bias, x)
-    outputs = (
-        None if kernel_shape is None or len(kernel_shape) != 4 else kernel_shape[3]
-    )
-    check_bias_shape(bias.shape, outputs)
-    return bias
+        return filters.pattern, (
+            w if isinstance(w, EagerTensor) else tf.convert_to_tensor(w)
+        )
+    return None, _tensor("filters", filters, x)
 
 
 def _tensor(name: str, value: Any, like: tf.Tensor | None) -> tf.Tensor:
     """`value` as a dense tensor; floats in an array take the float dtype of `like`."""
+    if isinstance(value, EagerTensor):
+        return value
     if value is None or isinstance(value, _NOT_DENSE):
         raise _type_error(name, value)
     if isinstance(value, np.ndarray | list | tuple | np.generic):
@@ -217,19 +194,3 @@ def _from_array(name: str, value: Any, like: tf.Tensor | None) -> tf.Tensor:
     if tensor.dtype.is_floating and like.dtype.is_floating:
         return tf.cast(tensor, like.dtype)
     return tensor
-
-
-def _check_dtype(name: str, tensor: tf.Tensor, x: tf.Tensor) -> None:
-    if tensor.dtype != x.dtype:
-        raise TypeError(
-            f"`{name}` must have the dtype of `input`. Received: {name} of dtype "
-            f"{tensor.dtype.name}, input of dtype {x.dtype.name}"
-        )
-
-
-def _check_activation(activation: Activation, dtype: tf.DType) -> None:
-    if dtype.is_integer and not activation.integer:
-        raise TypeError(
-            f"The activation {activation.name!r} is not defined for integers. "
-            f"Received: input of dtype {dtype.name}"
-        )

@@ -15,7 +15,7 @@ import tensorflow as tf
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import INT32_MAX
 
-DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.int32)
+_DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.int32)
 
 
 class SparseKernel(tf.Module):
@@ -53,7 +53,7 @@ class SparseKernel(tf.Module):
             TypeError: `conv2d` does not take the dtype.
         """
         super().__init__(name=name)
-        _check_dtype(values.dtype, "values")
+        check_dtype("values", values.dtype)
         if tuple(values.shape) != (pattern.nnz,):
             raise ValueError(
                 "`values` must have one element for each nonzero of the pattern. "
@@ -211,11 +211,12 @@ class _CompressedState(tf.train.experimental.PythonState):
             kernel.values = tf.constant(values)
 
 
-def _check_dtype(dtype: tf.DType, name: str) -> None:
-    if dtype not in DTYPES:
+def check_dtype(name: str, dtype: tf.DType) -> None:
+    """Raises a TypeError unless `conv2d` takes tensors of this dtype."""
+    if dtype not in _DTYPES:
         raise TypeError(
             f"`{name}` must have one of the dtypes "
-            f"{', '.join(allowed.name for allowed in DTYPES)}. "
+            f"{', '.join(allowed.name for allowed in _DTYPES)}. "
             f"Received: {name} of dtype {dtype.name}"
         )
 
@@ -233,7 +234,7 @@ def _dense_tensor(dense: Any) -> tf.Tensor:
             "A SparseKernel is made outside of a graph, from weights that are known. "
             f"Received: {dense!r} while tracing a tf.function"
         )
-    _check_dtype(tensor.dtype, "dense")
+    check_dtype("dense", tensor.dtype)
     if tensor.shape.rank != 4:
         raise ValueError(
             "`dense` must have 4 dimensions (height, width, input channels per group, "

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import threading
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,13 @@ def _driver() -> _Driver:
     return _Driver()
 
 
+@functools.cache
+def _runtime() -> ModuleType:
+    from cupy.cuda import runtime
+
+    return runtime
+
+
 def has_context_events() -> bool:
     """Whether launches are ordered without a wait of the host (CUDA 12.5 or newer)."""
     return _driver().has_context_events
@@ -64,6 +73,9 @@ def has_context_events() -> bool:
 def _check(status: int, call: str) -> None:
     if status:
         raise DriverError(f"{call} failed. Received: CUresult {status}")
+
+
+_pack_address = struct.Struct("<Q").pack_into
 
 
 class Step:
@@ -81,9 +93,10 @@ class Step:
         self._launch = launch
         # Holds on to the memory as well as to its addresses.
         self._fixed = fixed
-        self._addresses = {name: memory.address for name, memory in fixed.items()}
-        size = len(launch.pack(self._addresses))
-        self._struct = np.dtype((np.void, size))
+        addresses = {name: memory.address for name, memory in fixed.items()}
+        self._template = launch.pack(addresses)
+        self._struct = np.dtype((np.void, len(self._template)))
+        self._slots = {name: 8 * i for i, name in enumerate(launch.pointers)}
 
     def run(self, operands: Mapping[str, Memory], stream: Any) -> None:
         """Enqueues the launch on a CuPy stream.
@@ -92,15 +105,15 @@ class Step:
             operands: The memory of the other operands.
             stream: The stream.
         """
-        addresses = self._addresses.copy()
+        arguments = bytearray(self._template)
         for name, memory in operands.items():
-            addresses[name] = memory.address
+            if name in self._slots:
+                _pack_address(arguments, self._slots[name], memory.address)
         launch = self._launch
-        arguments = np.frombuffer(launch.pack(addresses), self._struct)[0]
         self._function(
             launch.grid,
             launch.block,
-            (arguments,),
+            (np.frombuffer(arguments, self._struct)[0],),
             shared_mem=launch.shared_mem_bytes,
             stream=stream,
         )
@@ -174,8 +187,7 @@ class ordered:
         Raises:
             DriverError: The driver refused to order the streams.
         """
-        from cupy.cuda import runtime
-
+        runtime = _runtime()
         self._previous = runtime.getDevice()
         if self._previous != self._ordinal:
             runtime.setDevice(self._ordinal)
@@ -185,10 +197,8 @@ class ordered:
 
     def __exit__(self, *_: object) -> None:
         """Makes later work wait for the launches, even if one of them failed."""
-        from cupy.cuda import runtime
-
         try:
             self._lane.leave()
         finally:
             if self._previous != self._ordinal:
-                runtime.setDevice(self._previous)
+                _runtime().setDevice(self._previous)

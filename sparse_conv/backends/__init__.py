@@ -28,13 +28,22 @@ import tensorflow as tf
 from sparse_conv.bridge import Place
 
 NAMES = ("cuda", "cpu")
-# In which order they are asked: for host memory, the CUDA back end is not even imported.
+# In which order they are asked; for host memory, CUDA's is not even imported.
 _ORDER = {"GPU": ("cuda", "cpu"), "CPU": ("cpu", "cuda")}
 
 
 @functools.cache
 def _backend(name: str) -> ModuleType:
     return importlib.import_module(f"sparse_conv.backends.{name}")
+
+
+def check_name(requested: str | None) -> None:
+    """Raises a ValueError unless `requested` is None or the name of a back end."""
+    if requested is not None and requested not in NAMES:
+        raise ValueError(
+            f"`backend` must be None or one of {', '.join(NAMES)}. "
+            f"Received: backend={requested!r}"
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -50,14 +59,8 @@ def select(place: Place, dtype: tf.DType, requested: str | None) -> ModuleType:
         The module of the back end.
 
     Raises:
-        ValueError: There is no back end of that name.
         NotImplementedError: The requested one, or every one, can't; says why.
     """
-    if requested is not None and requested not in NAMES:
-        raise ValueError(
-            f"`backend` must be None or one of {', '.join(NAMES)}. "
-            f"Received: backend={requested!r}"
-        )
     reasons = []
     for name in (requested,) if requested else _ORDER[place.kind]:
         backend = _backend(name)

@@ -94,7 +94,10 @@ def fprop(
     rows = None
     if pattern is not None:
         rows = _pattern_rows(pattern, "fprop", pattern.fprop_rows, place)
-    return _gather_run(launch, gather, problem, rows, shape, place)
+    compress = plan.compress_launch(
+        gather, dtype.name, problem.kernel_shape, transposed=False
+    )
+    return _gather_run(launch, gather, compress, rows, dtype, shape, place)
 
 
 def dgrad(
@@ -119,7 +122,10 @@ def dgrad(
     if pattern is not None:
         key = (gather.groups, gather.h.kernel_taps, gather.w.kernel_taps)
         rows = _pattern_rows(pattern, key, lambda: pattern.dgrad_rows(gather), place)
-    return _gather_run(launch, gather, problem, rows, shape, place)
+    compress = plan.compress_launch(
+        gather, dtype.name, problem.kernel_shape, transposed=True
+    )
+    return _gather_run(launch, gather, compress, rows, dtype, shape, place)
 
 
 def wgrad(
@@ -144,13 +150,13 @@ def wgrad(
     steps = [Step(launch, ordinal, fixed) for launch in (partial, total)]
 
     def run(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-        workspace = bridge.empty(cells, _CELL, place)
-        dw = bridge.empty(shape, dtype, place)
+        _, workspace = bridge.output(cells, _CELL, place)
+        dw, memory = bridge.output(shape, dtype, place)
         operands = {
-            "read": bridge.memory_of(x),
-            "gradient": bridge.memory_of(dy),
-            "workspace": bridge.memory_of(workspace),
-            "write": bridge.memory_of(dw),
+            "read": _known_memory(x),
+            "gradient": _known_memory(dy),
+            "workspace": workspace,
+            "write": memory,
         }
         with ordered(ordinal) as lane:
             for step in steps:
@@ -163,32 +169,42 @@ def wgrad(
 def _gather_run(
     launch: Launch,
     gather: Gather,
-    problem: Problem,
+    compress: Launch,
     rows: Operands | None,
+    dtype: tf.DType,
     shape: tuple[int, ...],
     place: Place,
 ) -> Callable[..., tf.Tensor]:
-    """The function of fprop and of dgrad; without `rows`, the kernel is dense."""
+    """The function of fprop and of dgrad; without `rows`, `compress` finds them."""
     ordinal = bridge.ordinal_of(place)
     origins = {"origins": _origins(gather, place)}
     step = Step(launch, ordinal, origins if rows is None else {**rows, **origins})
 
     def run(read: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        write = bridge.output(shape, read.dtype, place)
-        operands = {"read": bridge.memory_of(read), "write": bridge.memory_of(write)}
+        write, memory = bridge.output(shape, dtype, place)
+        operands = {"read": _known_memory(read), "write": memory}
         if rows is None:
             operands |= cached(
-                w, gather, lambda: _compressed(w, gather, problem, place)
+                w, compress, lambda: _compressed(w, gather, compress, place)
             )
         else:
-            operands["values"] = cached(w, "memory", lambda: bridge.memory_of(w))
+            operands["values"] = _known_memory(w)
         if bias is not None:
-            operands["bias"] = bridge.memory_of(bias)
+            operands["bias"] = _known_memory(bias)
         with ordered(ordinal) as lane:
             lane.launch(step, operands)
         return write
 
     return run
+
+
+def _known_memory(tensor: tf.Tensor) -> Memory:
+    """The tensor's memory, looked up once for each tensor object.
+
+    Every look-up waits for TensorFlow's stream, and the passes of a training step share
+    their operands.
+    """
+    return cached(tensor, "memory", lambda: bridge.memory_of(tensor))
 
 
 def _nonzeros(problem: Problem, pattern: Pattern | None) -> int:
@@ -235,11 +251,8 @@ def _kernel_taps(gather: Gather, place: Place) -> Memory:
     return _upload(np.concatenate(taps), place)
 
 
-def _compressed(
-    w: tf.Tensor, gather: Gather, problem: Problem, place: Place
-) -> Operands:
+def _compressed(w: tf.Tensor, gather: Gather, launch: Launch, place: Place) -> Operands:
     """The rows of a dense kernel, found on the GPU without a wait of the host."""
-    launch = plan.compress_launch(gather, w.dtype.name, problem.kernel_shape)
     slots = gather.rows * gather.row_length
     results = {
         "begin": bridge.empty((gather.rows,), _CELL, place),
@@ -248,7 +261,7 @@ def _compressed(
         "values": bridge.empty((slots,), w.dtype, place),
     }
     rows = {name: bridge.memory_of(tensor) for name, tensor in results.items()}
-    operands = {**rows, "kernel": bridge.memory_of(w)}
+    operands = {**rows, "kernel": _known_memory(w)}
     ordinal = bridge.ordinal_of(place)
     step = Step(launch, ordinal, {"taps": _kernel_taps(gather, place)})
     with ordered(ordinal) as lane:
