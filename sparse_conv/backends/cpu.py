@@ -13,14 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from sparse_conv import bridge
-from sparse_conv.backends import cpu_loops
-from sparse_conv.bridge import Place
-from sparse_conv.gather import dgrad_gather, fprop_gather
+from sparse_conv.backends import cpu_loops, cpu_threads
+from sparse_conv.bridge import HOST, Place
+from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import Problem
 from sparse_conv.tensor_cache import cached
-
-_HOST = Place("CPU", 0, "/job:localhost/replica:0/task:0/device:CPU:0")
 
 
 def unavailable() -> str | None:
@@ -59,12 +57,10 @@ def fprop(
     gather = fprop_gather(problem)
 
     def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        known, values = _sparse(w, pattern)
+        entries = _entries("fprop", w, pattern, gather)
         y, write = _new(shape, dtype)
-        cpu_loops.gather(
-            gather,
-            known.fprop_rows(),
-            values,
+        cpu_loops.gather_entries(
+            entries,
             _view(x).reshape(problem.input_shape),
             write.reshape(problem.output_shape),
             None if bias is None else _view(bias),
@@ -87,12 +83,10 @@ def dgrad(
     gather = dgrad_gather(problem)
 
     def run(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
-        known, values = _sparse(w, pattern)
+        entries = _entries("dgrad", w, pattern, gather)
         dx, write = _new(shape, dtype)
-        cpu_loops.gather(
-            gather,
-            known.dgrad_rows(gather),
-            values,
+        cpu_loops.gather_entries(
+            entries,
             _view(dy).reshape(problem.output_shape),
             write.reshape(problem.input_shape),
         )
@@ -128,7 +122,7 @@ def _wide(dtype: tf.DType) -> tf.DType:
 
 def _view(tensor: tf.Tensor) -> np.ndarray:
     """The elements as the loops take them; copied if they live on a GPU."""
-    with tf.device(_HOST.device):
+    with tf.device(HOST.device):
         if bridge.place_of(tensor).kind == "GPU":
             tensor = tf.identity(tensor)
         return bridge.host_view(tf.cast(tensor, _wide(tensor.dtype)))
@@ -136,18 +130,33 @@ def _view(tensor: tf.Tensor) -> np.ndarray:
 
 def _new(shape: tuple[int, ...], dtype: tf.DType) -> tuple[tf.Tensor, np.ndarray]:
     """A tensor with arbitrary contents, and the view through which to fill it."""
-    tensor = bridge.empty(shape, _wide(dtype), _HOST)
+    tensor = bridge.empty(shape, _wide(dtype), HOST)
     return tensor, bridge.host_view(tensor)
 
 
 def _finished(tensor: tf.Tensor, dtype: tf.DType, place: Place) -> tf.Tensor:
     """A filled tensor in the caller's dtype, where its operands live."""
-    with tf.device(_HOST.device):
+    with tf.device(HOST.device):
         tensor = tf.cast(tensor, dtype)
     if place.kind == "CPU":
         return tensor
     with tf.device(place.device):
         return tf.identity(tensor)
+
+
+def _entries(
+    name: str, w: tf.Tensor, pattern: Pattern | None, gather: Gather
+) -> cpu_loops.Entries:
+    """A kernel's entries as a pass's loops walk them, prepared once for each tensor."""
+
+    def build() -> cpu_loops.Entries:
+        known, values = _sparse(w, pattern)
+        rows = known.fprop_rows() if name == "fprop" else known.dgrad_rows(gather)
+        return cpu_loops.prepare(gather, rows, values)
+
+    # One tensor may hold the values of several patterns, and the gathers of both passes
+    # are equal for a 1x1 kernel with as many inputs as outputs.
+    return cached(w, (name, gather, pattern, cpu_threads.thread_count()), build)
 
 
 def _sparse(w: tf.Tensor, pattern: Pattern | None) -> tuple[Pattern, np.ndarray]:
