@@ -35,6 +35,9 @@ class Place(NamedTuple):
     device: str
 
 
+HOST = Place("CPU", 0, "/job:localhost/replica:0/task:0/device:CPU:0")
+
+
 @functools.cache
 def _parse(device: str) -> Place:
     spec = tf.DeviceSpec.from_string(device)

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from sparse_conv import backends
 from sparse_conv.activations import Activation
-from sparse_conv.bridge import Place, place_of
+from sparse_conv.bridge import HOST, Place, place_of
 from sparse_conv.graph import call_in_graph
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import Geometry, Problem, infer_output_shape, make_problem
@@ -240,8 +240,10 @@ def _common_place(operands: Sequence[tf.Tensor]) -> Place:
     """Where the operands are brought together: the one GPU among their places.
 
     As for TensorFlow's own operations, an operand in host memory follows the others to
-    the GPU where they are.
+    the GPU where they are; int32 is computed on the host, where TensorFlow keeps it.
     """
+    if operands[0].dtype == tf.int32:
+        return HOST
     places = {place_of(operand) for operand in operands}
     gpus = sorted(place for place in places if place.kind == "GPU")
     if len(gpus) > 1:

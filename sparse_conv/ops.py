@@ -155,6 +155,8 @@ def _dense_convolution(geometry: Geometry, backend: str | None) -> Convolution:
 def _kernel_operand(filters: Any, x: tf.Tensor) -> tuple[Pattern | None, tf.Tensor]:
     """The pattern, None for a dense kernel, and the operand of the passes."""
     if isinstance(filters, SparseKernel):
+        if not tf.executing_eagerly():
+            return filters.pattern, filters.graph_values()
         w = filters.values
         return filters.pattern, (
             w if isinstance(w, EagerTensor) else tf.convert_to_tensor(w)

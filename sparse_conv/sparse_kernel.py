@@ -6,6 +6,7 @@ Knows TensorFlow's tensors, variables and checkpoints. Knows no back end.
 from __future__ import annotations
 
 import io
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class SparseKernel(tf.Module):
             )
         self.values = values
         self.pattern = pattern
+        self._is_in_graph = False
         # What a checkpoint holds besides a variable's values.
         self._compressed = _CompressedState(self)
 
@@ -91,9 +93,13 @@ class SparseKernel(tf.Module):
 
         Raises:
             ValueError: A shape is wrong, or `threshold` is negative or NaN.
-            TypeError: `conv2d` does not take the dtype.
+            TypeError: `conv2d` does not take the dtype, or `threshold` is no number.
         """
         dense = _dense_tensor(dense)
+        if not isinstance(threshold, numbers.Real):
+            raise TypeError(
+                f"`threshold` must be a number. Received: threshold={threshold!r}"
+            )
         if not threshold >= 0:
             raise ValueError(
                 f"`threshold` must be at least 0. Received: threshold={threshold!r}"
@@ -143,6 +149,25 @@ class SparseKernel(tf.Module):
     def with_values(self, values: tf.Tensor | tf.Variable) -> SparseKernel:
         """A kernel with the same pattern, shared, and other values."""
         return SparseKernel(values, self.pattern, self.name)
+
+    def graph_values(self) -> tf.Tensor:
+        """The values as an operand of a graph that is being built."""
+        self._is_in_graph = True
+        return tf.convert_to_tensor(self.values)
+
+    def restore_values(self, values: tf.Tensor) -> None:
+        """Takes over values from a checkpoint, unless a variable holds them.
+
+        Raises:
+            ValueError: A `tf.function` was traced with other values, and would go on
+                with them.
+        """
+        if self._is_in_graph and not np.array_equal(values, self.values):
+            raise ValueError(
+                "A kernel must be restored before a tf.function is traced with it, or "
+                f"be made with trainable=True. Received: other values for {self!r}"
+            )
+        self.values = values
 
     def __repr__(self) -> str:
         """Shape, dtype, number of nonzeros and density."""
@@ -208,7 +233,7 @@ class _CompressedState(tf.train.experimental.PythonState):
             )
         values = archive["values"].view(kernel.dtype.as_numpy_dtype)
         with tf.device(kernel.values.device):
-            kernel.values = tf.constant(values)
+            kernel.restore_values(tf.constant(values))
 
 
 def check_dtype(name: str, dtype: tf.DType) -> None:
@@ -265,8 +290,10 @@ def _kept(dense: tf.Tensor, threshold: float, mask: Any) -> tf.Tensor:
 
 
 def _above(dense: tf.Tensor, threshold: float) -> tf.Tensor:
-    # Not `>`: that would drop NaN, which is no zero.
-    return ~(tf.abs(dense) <= tf.cast(threshold, dense.dtype))
+    # Not `abs(dense) > threshold`: that would drop NaN, which is no zero, and the least
+    # integer, which has no absolute value.
+    bound = tf.cast(threshold, dense.dtype)
+    return ~((dense <= bound) & (dense >= -bound))
 
 
 def _pattern(shape: Sequence[int], places: np.ndarray) -> Pattern:
