@@ -1,0 +1,367 @@
+"""The checks of the GPU's functions notice small mistakes in their text.
+
+Each mutation changes one place of the real text; then results differ from the
+definition, or the emulator reports an error. A mutation that nothing notices fails
+here, as does one whose place can't be found in the text any more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+
+from sparse_conv import jit
+from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
+from sparse_conv.plan import Direct, TileConfig, WgradConfig
+from tests.emulated_passes import (
+    Call,
+    assert_rows,
+    compress_call,
+    dgrad_call,
+    fprop_call,
+    run_calls,
+    run_wgrads,
+    wgrad_calls,
+)
+from tests.emulator import EmulationError
+from tests.problems import make, make_data
+from tests.reference import conv2d_reference, dgrad_reference, wgrad_reference
+from tests.tolerance import assert_exact
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake in one place.
+
+    Attributes:
+        function: Whose text, with its includes, is changed.
+        find: What stands there, a regular expression. Each match is one mutation.
+        replace: What stands there afterwards.
+    """
+
+    function: str
+    find: str
+    replace: str
+
+    def __str__(self) -> str:
+        return f"{self.function}-{self.find}->{self.replace or 'nothing'}"
+
+    def places(self) -> int:
+        """In how many places of the text the mistake can be made."""
+        return len(re.findall(self.find, jit.source(self.function)))
+
+    def apply(self, number: int) -> str:
+        """The text with the mistake made in place `number`."""
+        text = jit.source(self.function)
+        matches = list(re.finditer(self.find, text))
+        assert matches, (
+            f"{self.find!r} must match in {self.function}: adapt the mutation to the "
+            "new text"
+        )
+        begin, end = matches[number].span()
+        return text[:begin] + self.replace + text[end:]
+
+
+# Several images, tails along every dimension, groups, and more phases than one.
+NHWC = make((3, 9, 11, 6), (3, 3, 3, 10), (2, 1), "SAME")
+NCHW = make((2, 11, 10, 6), (3, 2, 3, 10), (1, 2), "VALID", (2, 3), "NCHW")
+# Channels in fours, which are stored together.
+FOURS = make((2, 5, 7, 6), (3, 3, 3, 24), 1, "VALID")
+# Several warps each way, fewer rows in a warp than compiled, tails, several chunks.
+WIDE_TILE = TileConfig(
+    positions=1,
+    rows=8,
+    warp_rows=2,
+    row_warps=2,
+    position_warps=2,
+    tile_h=4,
+    tile_w=11,
+    chunk=2,
+)
+# So small that some tiles need no padding.
+SMALL_TILE = replace(WIDE_TILE, tile_h=3, tile_w=5)
+# Whole fours of rows, and a tile that serves several of them in turn.
+FOURS_TILE = replace(WIDE_TILE, positions=4, rows=4, warp_rows=4, passes=2)
+# The gradient's tile ends behind its pixels, and several subtiles come in turn.
+WGRAD_TILE = WgradConfig(
+    positions=4, warps=2, warp_rows=2, tile_h=3, tile_w=5, chunk=2, splits=2
+)
+
+
+def for_gather(config: TileConfig | Direct, gather: Gather) -> TileConfig | Direct:
+    """The configuration; one with several passes gets all channels into its tile."""
+    if isinstance(config, Direct) or config.passes == 1:
+        return config
+    return replace(config, chunk=gather.in_channels // gather.groups)
+
+
+def check_gather(*configs: TileConfig | Direct) -> Callable[[str], None]:
+    def check(text: str) -> None:
+        calls, expected = [], []
+        for problem, config in itertools.product((NHWC, NCHW, FOURS), configs):
+            data = make_data(problem, "float32", 0.8, whole=True)
+            config = for_gather(config, fprop_gather(problem))
+            calls.append(fprop_call(problem, data, "float32", config=config, bias=True))
+            bias = data.bias if problem is not NCHW else data.bias[:, None, None]
+            expected.append(conv2d_reference(data.x, data.dense, problem) + bias)
+            config = for_gather(config, dgrad_gather(problem))
+            calls.append(dgrad_call(problem, data, "float32", config=config))
+            expected.append(dgrad_reference(data.dy, data.dense, problem))
+        for result, exact in zip(run_calls(calls, text), expected, strict=True):
+            assert_exact(result["write"], exact, "gather")
+
+    return check
+
+
+def check_wgrad(config: WgradConfig | Direct) -> Callable[[str], None]:
+    def check(text: str) -> None:
+        pairs, expected = [], []
+        for problem, dense in ((NHWC, False), (NCHW, False), (NHWC, True)):
+            data = make_data(problem, "float32", 0.8, whole=True)
+            exact = wgrad_reference(data.x, data.dy, problem)
+            places = data.pattern.positions()
+            options = {"config": config, "dense": dense}
+            pairs.append(wgrad_calls(problem, data, "float32", **options))
+            expected.append(exact if dense else exact.reshape(-1)[places])
+        for result, exact in zip(run_wgrads(pairs, text), expected, strict=True):
+            assert_exact(result, exact, "wgrad")
+
+    return check
+
+
+def check_sum(text: str) -> None:
+    for dense in (False, True):
+        data = make_data(NHWC, "float32", 0.8, whole=True)
+        first, second = wgrad_calls(NHWC, data, "float32", dense=dense)
+        sums = run_calls([first])[0]["workspace"]
+        whole = Call(second.launch, {**second.arrays, "workspace": sums}, ("write",))
+        exact = wgrad_reference(data.x, data.dy, NHWC)
+        exact = exact if dense else exact.reshape(-1)[data.pattern.positions()]
+        assert_exact(run_calls([whole], text)[0]["write"], exact, "sum")
+
+
+def check_compress(text: str) -> None:
+    for problem in (NHWC, NCHW):
+        data = make_data(problem, "float32", 0.4, whole=False)
+        gather = dgrad_gather(problem)
+        rows = data.pattern.dgrad_rows(gather)
+        cases = (
+            (False, data.pattern.fprop_rows(), data.values),
+            (True, rows, data.values[rows.order]),
+        )
+        for transposed, expected, values in cases:
+            call = compress_call(problem, data.dense, "float32", transposed=transposed)
+            assert_rows(run_calls([call], text)[0], expected, values)
+
+
+CHECKS = {
+    "conv2d_gather": check_gather(WIDE_TILE, SMALL_TILE, FOURS_TILE),
+    "conv2d_gather_direct": check_gather(Direct()),
+    "conv2d_wgrad": check_wgrad(WGRAD_TILE),
+    "conv2d_wgrad_direct": check_wgrad(Direct()),
+    "sum_partials": check_sum,
+    "compress": check_compress,
+}
+
+# Function -> (what stands there, what stands there afterwards).
+MISTAKES = {
+    "conv2d_gather": [
+        # The end of a chunk, of a row, and what is shared between lanes.
+        (r"index < limit;", "index <= limit;"),
+        (r"mine < end \?", "mine <= end ?"),
+        (r"const int mine = cursor \+ lane", "const int mine = cursor + lane + 1"),
+        (r"entries\[lane\] = entry", "entries[lane ^ 1] = entry"),
+        (r"cursor \+= count", "cursor += count + 1"),
+        (r"i < count; \+\+i", "i <= count; ++i"),
+        (r"a\.order \? __ldg\(a\.order \+ mine\) : mine", "mine"),
+        (r"shared\.entries \+ warp \* WARP", "shared.entries"),
+        # Which rows, which pixels.
+        (r"row_group % group_blocks \* pass_rows", "row_group % group_blocks"),
+        (r"loaded = (?!false)[^;]+;", "loaded = true;"),
+        (r"set \* geometry\.out_channels \+ first_channel", "first_channel"),
+        (r"group \* geometry\.group_in\)", "group)"),
+        (
+            r"y \* geometry\.h\.stride \* a\.lattice\.row_pitch",
+            "y * a.lattice.row_pitch",
+        ),
+        (r"& \(channel < channels\)", "& (channel <= channels)"),
+        (r"r < a\.warp_rows\) target", "r <= a.warp_rows) target"),
+        (r"widening\(y\[u\], a\.steps\.write_row\)", "widening(y[u], 1)"),
+        (r"widening\(x, a\.steps\.write_column\)", "widening(x, 1)"),
+        (r"if \(channel >= channels\) return", "if (channel > channels) return"),
+        (r"x\[u\] < window\.x_count", "x[u] <= window.x_count"),
+        (r"a\.bias \+ first_channel \+ channel", "a.bias + channel"),
+        # Tiles: bounds, pitches, origins.
+        (r"& contains\(window, y\[u\], x\[u\]\)", ""),
+        (
+            r"<\s+static_cast<unsigned>\(window\.y_count\)",
+            "<= static_cast<unsigned>(window.y_count)",
+        ),
+        (
+            r"<\s+static_cast<unsigned>\(window\.x_count\)",
+            "<= static_cast<unsigned>(window.x_count)",
+        ),
+        (r"widening\(y\[u\], row\)", "widening(y[u], column)"),
+        (r"place < places && channel < channels", "place < places"),
+        (
+            r"first = threadIdx\.x; first < places",
+            "first = threadIdx.x; first + 1 < places",
+        ),
+        (r"lattice\.extent_w, window\.x_begin", "lattice.extent_w - 1, window.x_begin"),
+        (r"quotient\(size - 1 - origin, step\)", "quotient(size - origin, step)"),
+        (r"quotient\(step - 1 - origin, step\)", "quotient(step - origin, step)"),
+        (
+            r"\(channel - first_channel\) \* lattice\.plane_pitch",
+            "channel * lattice.plane_pitch",
+        ),
+        (r"tap_h \* lattice\.row_pitch \+", "tap_h * lattice.columns +"),
+        (r"number >= tiling\.subtiles", "number > tiling.subtiles"),
+        (r"axis\.step\) \* axis\.stride \* i", "axis.step) * i"),
+    ],
+    "conv2d_gather_direct": [
+        (r"number < outputs; number", "number <= outputs; number"),
+        (r"input_y < geometry\.h\.inputs", "input_y <= geometry.h.inputs"),
+        (r"input_x < geometry\.w\.inputs", "input_x <= geometry.w.inputs"),
+        (r"input_y >= 0", "input_y >= -1"),
+        (r"input_x >= 0", "input_x >= -1"),
+        (r"outputs_left\(geometry\.h, phase_h, i_h\) <= 0", "false"),
+        (r"outputs_left\(geometry\.w, phase_w, i_w\) <= 0", "false"),
+        (r"a\.order \? __ldg\(a\.order \+ i\) : i", "i"),
+        (r"min\(end - batch, WARP\) \+ batch", "batch + WARP"),
+        (r"input_y \* geometry\.read\.row", "input_y * geometry.read.column"),
+        (r"out_y \* pitch\.row", "out_y * pitch.column"),
+    ],
+    "conv2d_wgrad": [
+        (r"index < limit;", "index <= limit;"),
+        (r"mine < end\)", "mine <= end)"),
+        (r"y \* a\.outputs\.row_pitch", "y * a.lattice.row_pitch"),
+        (r"y \* a\.geometry\.h\.stride \*", "y *"),
+        (r"number == split, pixels", "true, pixels"),
+        (r"fresh \? sum :", ""),
+        (r"number \+= a\.splits", "number += 1"),
+        (r"split \* a\.entries", "0"),
+        (r"a\.indices \? 0 : dense", "0"),
+        (r"shared\.offsets \+ warp \* WARP", "shared.offsets"),
+        (r"a\.outputs, a\.steps\.write_row", "a.outputs, a.steps.write_column"),
+        (r"&& entry < count", ""),
+        (r"cursor \+= count", "cursor += count + 1"),
+    ],
+    "conv2d_wgrad_direct": [
+        (r"&& entry < count", ""),
+        (r"input_y < geometry\.h\.inputs", "input_y <= geometry.h.inputs"),
+        (r"input_x < geometry\.w\.inputs", "input_x <= geometry.w.inputs"),
+        (r"input_y >= 0", "input_y >= -1"),
+        (r"pixel < a\.pixels", "pixel <= a.pixels"),
+        (r"outputs_left\(geometry\.h, phase_h, i_h\) <= 0", "false"),
+        (r"outputs_left\(geometry\.w, phase_w, i_w\) <= 0", "false"),
+        (r"split \* a\.entries", "0"),
+        (r"a\.indices \? 0 : dense", "0"),
+    ],
+    "sum_partials": [
+        (r"entry < a\.entries", "entry <= a.entries"),
+        (r"split < a\.splits", "split + 1 < a.splits"),
+        (r"index % a\.taps \* a\.row_channels", "index % a.taps"),
+    ],
+    "compress": [
+        (r"number >= a\.rows\) return", "number > a.rows) return"),
+        (r"number < a\.rows \?", "true ?"),
+        (r"other < part;", "other <= part;"),
+        (r"r < 0 \|\| s < 0", "false"),
+        (r"row\.set_h \* geometry\.h\.taps", "row.set_h"),
+        (r"group \* geometry\.group_in \+ channel", "channel"),
+        (r"= \(row_length - 1\) / parts \+ 1", "= row_length / parts"),
+    ],
+}
+MUTATIONS = [
+    Mutation(function, find, replace)
+    for function, mistakes in MISTAKES.items()
+    for find, replace in mistakes
+]
+
+# Barriers that nothing would notice: (function, what follows).
+HARMLESS = {
+    # The windows were last read while the tiles were loaded; a barrier followed.
+    ("conv2d_wgrad", "find_windows(a, shared, number"),
+    # The shuffles that follow wait for all lanes, and read no memory.
+    ("conv2d_wgrad_direct", "const Accumulator sum = sum_over_lanes"),
+}
+BARRIER = re.compile(r"__sync(threads|warp)\(\);")
+
+
+def barriers(function: str) -> list[tuple[str, int]]:
+    """Each barrier of a function's text: its name for people, and its number."""
+    found = []
+    text = jit.source(function)
+    for number, match in enumerate(BARRIER.finditer(text)):
+        above, below = text[: match.start()], text[match.end() :].lstrip()
+        if any(f == function and below.startswith(after) for f, after in HARMLESS):
+            continue
+        file, first = re.findall(r'#line (\d+) "([\w.]+)"', above)[-1][::-1]
+        line = int(first) + len(above[above.rindex("#line") :].splitlines()) - 2
+        found.append((f"{function}-{file}:{line}-{match[0]}", number))
+    return found
+
+
+def without_barrier(function: str, number: int) -> str:
+    """The text with one barrier taken out."""
+    text = jit.source(function)
+    match = list(BARRIER.finditer(text))[number]
+    return text[: match.start()] + ";" + text[match.end() :]
+
+
+BARRIERS = [
+    pytest.param(function, number, id=name)
+    for function in CHECKS
+    for name, number in barriers(function)
+]
+
+
+def assert_noticed(function: str, text: str) -> None:
+    """Fails if the check of `function` passes with this text."""
+    try:
+        CHECKS[function](text)
+    except EmulationError as error:
+        assert "can't be built" not in str(error)
+    except AssertionError:
+        pass
+    else:
+        pytest.fail("the check of the function passes with the mistake in it")
+
+
+@pytest.mark.parametrize("function", CHECKS)
+def test_the_text_as_it_is_passes(function):
+    CHECKS[function](jit.source(function))
+
+
+@pytest.mark.parametrize(("function", "number"), BARRIERS)
+def test_a_missing_barrier_is_noticed(function, number):
+    assert_noticed(function, without_barrier(function, number))
+
+
+@pytest.mark.parametrize(
+    ("mutation", "number"),
+    [
+        pytest.param(mutation, number, id=f"{mutation}-{number}")
+        for mutation in MUTATIONS
+        # One at least: it fails if there is none.
+        for number in range(max(1, mutation.places()))
+    ],
+)
+def test_a_mistake_is_noticed(mutation, number):
+    assert_noticed(mutation.function, mutation.apply(number))
+
+
+@pytest.mark.parametrize(("function", "after"), sorted(HARMLESS))
+def test_harmless_barriers_are_still_there(function, after):
+    assert re.search(
+        BARRIER.pattern + r"\s*" + re.escape(after), jit.source(function)
+    ), "the barrier has gone, or what follows it has changed: adapt HARMLESS"
+
+
+def test_a_mutation_without_its_place_fails():
+    with pytest.raises(AssertionError, match="adapt the mutation"):
+        Mutation("conv2d_gather", "no such text", "").apply(0)
