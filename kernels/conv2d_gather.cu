@@ -1,15 +1,14 @@
 // Forward pass and input gradient: out = activate(bias + sum of values * inputs).
 //
 // A block computes `passes * block_rows` output channels of SLOTS subtiles (see tile.cuh),
-// `block_rows` at a time. Its
-// warps form `row_warps` x `position_warps`: a warp owns up to ROWS channels and
-// POSITIONS pixels a lane, in every slot. Input channels come in chunks; within a chunk a
-// warp takes its rows one after another and a row's entries in batches of 32: each lane
-// decodes one entry into a pair (place in the tile, value) in shared memory, then all
-// lanes walk the pairs, reading POSITIONS Packs for each.
+// `block_rows` at a time. Its warps form `row_warps` x `position_warps`: a warp owns up to
+// ROWS channels and POSITIONS pixels a lane, in every slot. Input channels come in chunks;
+// within a chunk a warp takes its rows one after another and a row's entries in batches:
+// each lane decodes entries into pairs (place in the tile, value) in shared memory, then
+// all lanes walk the pairs, reading POSITIONS Packs for each.
 //
-// Each batch has its own partial sum, so that rounding errors grow with the number of
-// batches and not with the number of entries.
+// Every 32 entries have their own partial sum, so that rounding errors grow with the
+// number of partial sums and not with the number of entries.
 
 #include "prelude.cuh"
 #include "gather.cuh"
@@ -65,6 +64,9 @@ struct Arguments {
     Steps steps;
 };
 
+// Entries that a warp stages at a time: few stages, since each waits for memory.
+#define STAGED (2 * WARP)
+
 struct alignas(sizeof(Accumulator) * 2) Entry {
     Accumulator value;
     int offset;
@@ -83,8 +85,37 @@ __device__ __forceinline__ Shared divide_shared_memory(char* memory) {
     shared.inputs = reinterpret_cast<Window*>(memory);
     shared.outputs = shared.inputs + SLOTS;
     shared.entries = reinterpret_cast<Entry*>(shared.outputs + SLOTS);
-    shared.tile = reinterpret_cast<char*>(shared.entries + blockDim.x);
+    shared.tile = reinterpret_cast<char*>(shared.entries + blockDim.x / WARP * STAGED);
     return shared;
+}
+
+// Stages a row's entries below index `limit`, from `cursor` on, at most STAGED; returns
+// their number. Indices ascend, so that the wanted ones come first.
+__device__ __forceinline__ int stage_entries(
+    const Arguments& a, Entry* entries, int cursor, int end, int limit, int first_channel) {
+    const int lane = threadIdx.x % WARP;
+    int count = 0;
+#pragma unroll
+    for (int staged = 0; staged < STAGED; staged += WARP) {
+        const int mine = cursor + staged + lane;
+        const bool exists = mine < end;
+        const int index = exists ? __ldg(a.indices + mine) : limit;
+        Entry entry;
+        entry.value = 0;
+        // Not only the wanted ones, so that the value needn't wait for the index.
+        if (exists) {
+            const int place = a.order ? __ldg(a.order + mine) : mine;
+            entry.value = to_accumulator(__ldg(a.values + place));
+        }
+        const bool wanted = index < limit;
+        count += __popc(__ballot_sync(FULL_MASK, wanted));
+        if (wanted) {
+            entry.offset = entry_offset(index, first_channel, a.geometry, a.lattice) *
+                           static_cast<int>(sizeof(Pack));
+            entries[staged + lane] = entry;
+        }
+    }
+    return count;
 }
 
 // Adds a row's entries below index `limit`, from `cursor` on; returns where it stopped.
@@ -92,45 +123,37 @@ __device__ __forceinline__ int add_entries(
     const Arguments& a, Entry* entries, const char* tile, const int (&places)[POSITIONS],
     int cursor, int end, int limit, int first_channel,
     Accumulator (&sums)[POSITIONS][SLOTS]) {
-    const int lane = threadIdx.x % WARP;
     while (cursor < end) {
-        const int mine = cursor + lane;
-        const int index = mine < end ? __ldg(a.indices + mine) : limit;
-        const bool wanted = index < limit;
-        const int count = __popc(__ballot_sync(FULL_MASK, wanted));
-        if (wanted) {
-            const int place = a.order ? __ldg(a.order + mine) : mine;
-            Entry entry;
-            entry.value = to_accumulator(__ldg(a.values + place));
-            entry.offset = entry_offset(index, first_channel, a.geometry, a.lattice) *
-                           static_cast<int>(sizeof(Pack));
-            entries[lane] = entry;
-        }
+        const int count = stage_entries(a, entries, cursor, end, limit, first_channel);
         __syncwarp();
-        Accumulator partial[POSITIONS][SLOTS] = {};
+        for (int first = 0; first < count; first += WARP) {
+            const int last = min(count, first + WARP);
+            Accumulator partial[POSITIONS][SLOTS] = {};
 #pragma unroll 4
-        for (int i = 0; i < count; ++i) {
-            const Entry entry = entries[i];
+            for (int i = first; i < last; ++i) {
+                const Entry entry = entries[i];
 #pragma unroll
-            for (int j = 0; j < POSITIONS; ++j) {
-                Accumulator numbers[SLOTS];
-                unpack(*reinterpret_cast<const Pack*>(tile + (places[j] + entry.offset)),
-                       numbers);
+                for (int j = 0; j < POSITIONS; ++j) {
+                    Accumulator numbers[SLOTS];
+                    unpack(
+                        *reinterpret_cast<const Pack*>(tile + (places[j] + entry.offset)),
+                        numbers);
 #pragma unroll
-                for (int slot = 0; slot < SLOTS; ++slot) {
-                    partial[j][slot] =
-                        multiply_add(entry.value, numbers[slot], partial[j][slot]);
+                    for (int slot = 0; slot < SLOTS; ++slot) {
+                        partial[j][slot] =
+                            multiply_add(entry.value, numbers[slot], partial[j][slot]);
+                    }
                 }
             }
-        }
 #pragma unroll
-        for (int j = 0; j < POSITIONS; ++j) {
+            for (int j = 0; j < POSITIONS; ++j) {
 #pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot) sums[j][slot] += partial[j][slot];
+                for (int slot = 0; slot < SLOTS; ++slot) sums[j][slot] += partial[j][slot];
+            }
         }
         cursor += count;
         __syncwarp();
-        if (count < WARP) break;
+        if (count < STAGED) break;
     }
     return cursor;
 }
@@ -370,7 +393,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) conv2d_gather(const Argumen
             for (int r = 0; r < ROWS; ++r) {
                 if (r < rows) {
                     const int stopped = add_entries(
-                        a, shared.entries + warp * WARP, shared.tile, places,
+                        a, shared.entries + warp * STAGED, shared.tile, places,
                         __shfl_sync(FULL_MASK, cursor, r), __shfl_sync(FULL_MASK, end, r),
                         limit, first_input, sums[r]);
                     if (lane == r) cursor = stopped;

@@ -303,30 +303,47 @@ def _graph_fprop(
             x.shape.as_list(), kernel_shape, convolution.geometry
         )
     operands = [x, w] if bias is None else [x, w, bias]
-    return call_in_graph(run, operands, x.dtype, shape)
+    return call_in_graph(run, operands, x.dtype, shape, _device(convolution, x))
 
 
 def _graph_dgrad(
     convolution: Convolution, input_shape: Shape, dy: tf.Tensor, w: tf.Tensor
 ) -> tf.Tensor:
-    def run(dy: tf.Tensor, w: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
-        return dgrad(convolution, tuple(shape.numpy().tolist()), dy, w)
+    def run(dy: tf.Tensor, w: tf.Tensor, *value: tf.Tensor) -> tf.Tensor:
+        return dgrad(convolution, _known_shape(input_shape, value), dy, w)
 
     value, static = _graph_shape(input_shape)
-    return call_in_graph(run, [dy, w, value], dy.dtype, static)
+    device = _device(convolution, dy)
+    return call_in_graph(run, [dy, w, *value], dy.dtype, static, device)
 
 
 def _graph_wgrad(
     convolution: Convolution, x: tf.Tensor, dy: tf.Tensor, kernel_shape: Shape
 ) -> tf.Tensor:
-    def run(x: tf.Tensor, dy: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
-        return wgrad(convolution, x, dy, tuple(shape.numpy().tolist()))
+    def run(x: tf.Tensor, dy: tf.Tensor, *value: tf.Tensor) -> tf.Tensor:
+        return wgrad(convolution, x, dy, _known_shape(kernel_shape, value))
 
     value, static = _graph_shape(kernel_shape)
-    return call_in_graph(run, [x, dy, value], x.dtype, static)
+    device = _device(convolution, x)
+    return call_in_graph(run, [x, dy, *value], x.dtype, static, device)
 
 
-def _graph_shape(shape: Shape) -> RuntimeShape:
+def _graph_shape(shape: Shape) -> tuple[list[tf.Tensor], tf.TensorShape]:
+    """The operands that tell a shape when the graph runs, and what is known before."""
     if isinstance(shape, RuntimeShape):
-        return shape
-    return RuntimeShape(tf.constant(shape, tf.int32), tf.TensorShape(shape))
+        return [shape.value], shape.static
+    return [], tf.TensorShape(shape)
+
+
+def _known_shape(shape: Shape, value: Sequence[tf.Tensor]) -> tuple[int, ...]:
+    """The shape while the graph runs; `value` is what `_graph_shape` added."""
+    return tuple(value[0].numpy().tolist()) if value else shape
+
+
+def _device(convolution: Convolution, operand: tf.Tensor) -> str | None:
+    """Where a pass should run in a graph; None leaves it to TensorFlow."""
+    if convolution.backend == "cpu" or operand.dtype == tf.int32:
+        return None
+    if not tf.config.list_logical_devices("GPU") or backends.unavailable("cuda"):
+        return None
+    return "/GPU:0"

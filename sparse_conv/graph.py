@@ -25,6 +25,7 @@ def call_in_graph(
     operands: Sequence[Any],
     dtype: tf.DType,
     shape: Sequence[int | None] | None,
+    device: str | None,
 ) -> tf.Tensor:
     """Calls `function` with eager tensors whenever the graph runs.
 
@@ -33,6 +34,8 @@ def call_in_graph(
         operands: Tensors, or what converts to them.
         dtype: Dtype of the result.
         shape: Static shape of the result as far as it is known; None when nothing is.
+        device: Where the function runs unless the caller chose a device; None leaves
+            it to TensorFlow, which may well move it to the host.
 
     Returns:
         The symbolic result.
@@ -51,9 +54,19 @@ def call_in_graph(
             return function(*tensors)
 
     _refuse_to_be_saved()
-    y = tf.py_function(run, operands, dtype)
+    if device is None or _device_is_chosen():
+        y = tf.py_function(run, operands, dtype)
+    else:
+        with tf.device(device):
+            y = tf.py_function(run, operands, dtype)
     y.set_shape(shape)
     return y
+
+
+def _device_is_chosen() -> bool:
+    """Whether the caller is inside of a `tf.device` that names a kind of device."""
+    probe = tf.no_op()
+    return tf.DeviceSpec.from_string(probe.device).device_type is not None
 
 
 def _refuse_to_be_saved() -> None:

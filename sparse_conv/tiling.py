@@ -37,6 +37,8 @@ MAX_WARPS = 8
 RESIDENT_THREADS = 512
 # Packs that a thread loads at a time; as in tile.cuh.
 LOADS = 3
+# Entries that a warp of conv2d_gather stages at a time.
+STAGED = 2 * WARP
 # Shared memory that a block takes beside what it asks for.
 RESERVED_BYTES = 1024
 
@@ -305,7 +307,7 @@ def make_block(
         channels_last=gather.data_format == "NHWC",
     )
     slots, accumulator = PACKS[dtype]
-    front = 2 * slots * WINDOW_BYTES + config.warps * WARP * 2 * accumulator
+    front = 2 * slots * WINDOW_BYTES + config.warps * STAGED * 2 * accumulator
     room = device.shared_mem_bytes // 2 - RESERVED_BYTES - front
     stage_begin = lattice.nbytes if config.passes > 1 else 0
     stage_positions, stage_bytes = _stage(
@@ -455,7 +457,7 @@ def model_clocks(
     block_rows = group_out / -(-group_out // config.block_rows)
     row_entries = nnz / max(gather.rows, 1)
     entry_clocks = 4 * config.positions + 2
-    batches = chunks + row_entries / WARP
+    batches = chunks + row_entries / STAGED
     packs = config.chunk * lattice.extent_h * lattice.extent_w
     stores = config.positions * config.position_warps * block_rows
     rows = (row_entries * entry_clocks + batches * 30) * block_rows

@@ -18,6 +18,9 @@ UNIT_ROUNDOFF = 2.0**-24
 
 # Two orders of summation that are equally good differ by so much by chance.
 CHANCE = 1.05
+# Where a GPU has few pixels to compute, TensorFlow splits long sums over its cores, so
+# that they are more exact than usual. At full size it does not, nor does this apply.
+FEW_PIXELS = {"cpu": CHANCE, "cuda": 1.5}
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def full_float32(backend):
     tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
-def check_forward(point: Point) -> None:
+def check_forward(point: Point, allowance: float) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, point.height, point.width, point.channels))
     dense = rng.standard_normal((point.taps, point.taps, point.channels, point.outputs))
@@ -86,18 +89,18 @@ def check_forward(point: Point) -> None:
     # Nobody does better than the rounding of the result itself, or is asked to.
     floor = UNIT_ROUNDOFF / 2
     error = relative_error(ours, exact)
-    assert error <= CHANCE * max(relative_error(theirs, exact), floor)
+    assert error <= allowance * max(relative_error(theirs, exact), floor)
 
 
 @pytest.mark.parametrize("point", dict.fromkeys(p.scaled() for p in POINTS), ids=str)
 def test_error_of_the_forward_pass(full_float32, point):
-    check_forward(point)
+    check_forward(point, FEW_PIXELS[full_float32.name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_error_of_the_forward_pass_at_full_size(full_float32, point):
-    check_forward(point)
+    check_forward(point, CHANCE)
 
 
 GRADIENT_POINTS = [
@@ -131,7 +134,8 @@ def test_error_of_the_gradients(full_float32, point):
     theirs = gradients(tf.nn.conv2d, tf.float32)
     for a, b, c in zip(ours, theirs, exact, strict=True):
         error = relative_error(a, c.numpy())
-        assert error <= CHANCE * max(relative_error(b, c.numpy()), UNIT_ROUNDOFF / 2)
+        floor = max(relative_error(b, c.numpy()), UNIT_ROUNDOFF / 2)
+        assert error <= FEW_PIXELS[full_float32.name] * floor
 
 
 def test_float32_is_not_tf32(backend):

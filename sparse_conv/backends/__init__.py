@@ -74,9 +74,14 @@ def select(place: Place, dtype: tf.DType, requested: str | None) -> ModuleType:
     )
 
 
+def unavailable(name: str) -> str | None:
+    """Why this machine can't use the back end of that name; None if it can."""
+    return _backend(name).unavailable()
+
+
 def statuses() -> list[tuple[str, str | None]]:
     """Each back end's name, and why this machine can't use it; None if it can."""
-    return [(name, _backend(name).unavailable()) for name in NAMES]
+    return [(name, unavailable(name)) for name in NAMES]
 
 
 def caches() -> list[Path]:
