@@ -187,12 +187,15 @@ class ordered:
         Raises:
             DriverError: The driver refused to order the streams.
         """
-        runtime = _runtime()
-        self._previous = runtime.getDevice()
+        self._previous = _runtime().getDevice()
         if self._previous != self._ordinal:
-            runtime.setDevice(self._ordinal)
-        self._lane = _lane(self._ordinal)
-        self._lane.enter()
+            _runtime().setDevice(self._ordinal)
+        try:
+            self._lane = _lane(self._ordinal)
+            self._lane.enter()
+        except BaseException:
+            self._restore_device()
+            raise
         return self._lane
 
     def __exit__(self, *_: object) -> None:
@@ -200,5 +203,8 @@ class ordered:
         try:
             self._lane.leave()
         finally:
-            if self._previous != self._ordinal:
-                _runtime().setDevice(self._previous)
+            self._restore_device()
+
+    def _restore_device(self) -> None:
+        if self._previous != self._ordinal:
+            _runtime().setDevice(self._previous)

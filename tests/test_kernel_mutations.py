@@ -172,13 +172,13 @@ MISTAKES = {
     "conv2d_gather": [
         # The end of a chunk, of a row, and what is shared between lanes.
         (r"index < limit;", "index <= limit;"),
-        (r"mine < end \?", "mine <= end ?"),
-        (r"const int mine = cursor \+ lane", "const int mine = cursor + lane + 1"),
-        (r"entries\[lane\] = entry", "entries[lane ^ 1] = entry"),
+        (r"exists = mine < end", "exists = mine <= end"),
+        (r"mine = cursor \+ staged", "mine = cursor + 1 + staged"),
+        (r"entries\[staged \+ lane\] =", "entries[staged + (lane ^ 1)] ="),
         (r"cursor \+= count", "cursor += count + 1"),
-        (r"i < count; \+\+i", "i <= count; ++i"),
+        (r"i < last; \+\+i", "i <= last; ++i"),
         (r"a\.order \? __ldg\(a\.order \+ mine\) : mine", "mine"),
-        (r"shared\.entries \+ warp \* WARP", "shared.entries"),
+        (r"shared\.entries \+ warp \* STAGED", "shared.entries"),
         # Which rows, which pixels.
         (r"row_group % group_blocks \* pass_rows", "row_group % group_blocks"),
         (r"loaded = (?!false)[^;]+;", "loaded = true;"),
