@@ -80,7 +80,7 @@ def conv2d(
     pattern, w = _kernel_operand(filters, x)
     bias = None if bias is None else _tensor("bias", bias, x)
     fused = epilogue if isinstance(epilogue, Activation) else activations.LINEAR
-    convolution = _convolution(geometry, pattern, backend)
+    convolution = _convolution(geometry, filters, pattern, backend)
     if tf.executing_eagerly():
         y = autodiff.fprop(convolution, x, w, bias, fused)
     else:
@@ -136,13 +136,13 @@ def _geometry(strides: Any, padding: Any, data_format: Any, dilations: Any) -> G
 
 
 def _convolution(
-    geometry: Geometry, pattern: Pattern | None, backend: str | None
+    geometry: Geometry, filters: Any, pattern: Pattern | None, backend: str | None
 ) -> Convolution:
     """The Convolution of earlier calls with these arguments, or a new one."""
     if pattern is None:
         return _dense_convolution(geometry, backend)
-    return pattern.cached(
-        ("convolution", geometry, backend),
+    return filters.memo.cached(
+        (geometry, backend),
         lambda: Convolution(geometry, pattern, backend),
     )
 

@@ -6,14 +6,14 @@ device that computes with them.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from sparse_conv.gather import Gather
+from sparse_conv.memo import Memo
 
 _T = TypeVar("_T")
 
@@ -55,8 +55,7 @@ class Pattern:
         self.shape = shape
         self.indptr = indptr
         self.indices = indices
-        self._cache: dict[Hashable, Any] = {}
-        self._lock = threading.RLock()
+        self._memo = Memo()
 
     @property
     def nnz(self) -> int:
@@ -103,14 +102,9 @@ class Pattern:
         """What `build` makes of this pattern, made once for each `key`.
 
         Back ends keep here what they derive from the pattern, so that it lives as long.
+        It must not hold on to the pattern: memory is freed with the last reference.
         """
-        try:
-            return self._cache[key]
-        except KeyError:
-            with self._lock:
-                if key not in self._cache:
-                    self._cache[key] = build()
-                return self._cache[key]
+        return self._memo.cached(key, build)
 
     def _transpose(self, gather: Gather) -> Rows:
         height, width, group_channels, outputs = self.shape

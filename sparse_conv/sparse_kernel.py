@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import numbers
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from sparse_conv.memo import Memo
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import INT32_MAX
 
@@ -30,6 +32,7 @@ class SparseKernel(tf.Module):
         values: (nnz,) tensor or variable. Ordered by output channel k, then by
             `(c * R + r) * S + s`.
         pattern: Where the values belong.
+        memo: What calls keep for the next ones; of no use to others.
 
     Example:
     >>> kernel = sparse_conv.SparseKernel.from_dense(dense)
@@ -62,6 +65,8 @@ class SparseKernel(tf.Module):
             )
         self.values = values
         self.pattern = pattern
+        # What calls keep for the next ones.
+        self.memo = Memo()
         self._is_in_graph = False
         # What a checkpoint holds besides a variable's values.
         self._compressed = _CompressedState(self)
@@ -184,8 +189,17 @@ class _CompressedState(tf.train.experimental.PythonState):
     """The pattern, and the values where no variable holds them, in a checkpoint."""
 
     def __init__(self, kernel: SparseKernel):
-        # Not the kernel's own attribute tracking: this object is only a serialiser.
-        self._kernel = kernel
+        # Weak, so that a kernel and its memory on a GPU die with its last reference.
+        self._reference = weakref.ref(kernel)
+
+    @property
+    def _kernel(self) -> SparseKernel:
+        kernel = self._reference()
+        if kernel is None:
+            raise ReferenceError(
+                "The SparseKernel of this checkpoint no longer exists."
+            )
+        return kernel
 
     def serialize(self) -> bytes:
         """The compressed arrays as the bytes of an .npz archive."""

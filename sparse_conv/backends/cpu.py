@@ -6,6 +6,7 @@ NumPy arrays, are in `cpu_loops`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,7 +157,8 @@ def _entries(
 
     # One tensor may hold the values of several patterns, and the gathers of both passes
     # are equal for a 1x1 kernel with as many inputs as outputs.
-    return cached(w, (name, gather, pattern, cpu_threads.thread_count()), build)
+    owner = None if pattern is None else weakref.ref(pattern)
+    return cached(w, (name, gather, owner, cpu_threads.thread_count()), build)
 
 
 def _sparse(w: tf.Tensor, pattern: Pattern | None) -> tuple[Pattern, np.ndarray]:
