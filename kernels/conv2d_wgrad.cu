@@ -74,7 +74,9 @@ __device__ __forceinline__ void find_windows(
     Subtile subtile;
     if (find_subtile(subtile_group * SLOTS + slot, 0, 0, a.geometry, a.tiling, subtile)) {
         shared.inputs[slot] =
-            input_window(a.read, subtile, first_input, a.geometry, a.lattice, a.origins);
+            input_window(a.read, subtile, first_input, a.geometry, a.lattice.extent_h,
+                         a.lattice.extent_w, __ldg(a.origins + subtile.phase_h),
+                         __ldg(a.origins + a.geometry.h.visited + subtile.phase_w));
         shared.outputs[slot] = output_window(a.gradient, subtile, a.geometry, a.tiling);
     }
 }

@@ -105,18 +105,17 @@ __device__ __forceinline__ Window empty_window() {
     return window;
 }
 
-// What a subtile reads of the input; `channel` is its group's first.
+// What a subtile reads of the input: a rectangle of these extents, from what its phases
+// read first on. `channel` is its group's first.
 __device__ __forceinline__ Window input_window(
-    const Storage* read, const Subtile& subtile, int channel, const Geometry& geometry, const Lattice& lattice,
-    const int* origins) {
-    const long long y =
-        read_origin(__ldg(origins + subtile.phase_h), geometry.h, subtile.i_h);
-    const long long x = read_origin(
-        __ldg(origins + geometry.h.visited + subtile.phase_w), geometry.w, subtile.i_w);
+    const Storage* read, const Subtile& subtile, int channel, const Geometry& geometry,
+    int extent_h, int extent_w, int origin_h, int origin_w) {
+    const long long y = read_origin(origin_h, geometry.h, subtile.i_h);
+    const long long x = read_origin(origin_w, geometry.w, subtile.i_w);
     Window window = empty_window();
-    existing(y, geometry.h.step, geometry.h.inputs, lattice.extent_h, window.y_begin,
+    existing(y, geometry.h.step, geometry.h.inputs, extent_h, window.y_begin,
              window.y_count);
-    existing(x, geometry.w.step, geometry.w.inputs, lattice.extent_w, window.x_begin,
+    existing(x, geometry.w.step, geometry.w.inputs, extent_w, window.x_begin,
              window.x_count);
     const Pitch& pitch = geometry.read;
     window.offset = subtile.image * pitch.image + y * pitch.row + x * pitch.column +

@@ -11,6 +11,7 @@ import functools
 import pathlib
 import re
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 _HERE = pathlib.Path(__file__).resolve().parent
@@ -19,6 +20,8 @@ KERNELS = next(
     (d for d in (_HERE / "kernels", _HERE.parent / "kernels") if d.is_dir()),
     _HERE / "kernels",
 )
+# The include that generated text replaces.
+_GENERATED = "baked_code.cuh"
 _INCLUDE = re.compile(r'#include "([\w.]+)"')
 # Above this, a function has to ask for its shared memory before it is launched.
 _DEFAULT_SHARED_MEM_BYTES = 48 * 1024
@@ -31,17 +34,18 @@ class CompileError(RuntimeError):
     """A GPU function didn't compile: a fault of this package or of its environment."""
 
 
-@functools.cache
-def source(function: str) -> str:
+@functools.lru_cache(maxsize=64)
+def source(function: str, code: str = "") -> str:
     """The text of `kernels/<function>.cu` with its includes pasted in, each once.
 
     Args:
         function: Name of the function and of its file.
+        code: Generated text that takes the place of `baked_code.cuh`, if not empty.
 
     Returns:
         Text that needs no other file; compilers report places in the original files.
     """
-    return _expand(f"{function}.cu", set())
+    return _expand(f"{function}.cu", set(), {_GENERATED: code} if code else {})
 
 
 def options(defines: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
@@ -50,7 +54,7 @@ def options(defines: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
 
 
 def load_function(
-    function: str, defines: tuple[tuple[str, str], ...], device: int
+    function: str, defines: tuple[tuple[str, str], ...], device: int, code: str = ""
 ) -> Any:
     """The compiled function, ready to launch on the given device.
 
@@ -58,6 +62,8 @@ def load_function(
         function: Name of the function and of its file.
         defines: Compile-time macros as (name, value).
         device: Number of the CUDA device.
+        code: Generated text, see `source`. A function that has some is not memoised:
+            it serves one kernel, and dies with it.
 
     Returns:
         A `cupy.RawKernel` that may use as much shared memory as the device has.
@@ -65,21 +71,26 @@ def load_function(
     Raises:
         CompileError: The compiler refused the text.
     """
+    if code:
+        return _load(function, defines, device, code)
     key = (function, defines, device)
     loaded = _functions.get(key)
     if loaded is None:
         with _lock:
             if key not in _functions:
-                _functions[key] = _load(function, defines, device)
+                _functions[key] = _load(function, defines, device, code)
             loaded = _functions[key]
     return loaded
 
 
-def _load(function: str, defines: tuple[tuple[str, str], ...], device: int) -> Any:
+def _load(
+    function: str, defines: tuple[tuple[str, str], ...], device: int, code: str
+) -> Any:
     import cupy
 
     with cupy.cuda.Device(device) as current:
-        module = cupy.RawModule(code=source(function), options=options(defines))
+        text = source(function, code)
+        module = cupy.RawModule(code=text, options=options(defines))
         try:
             loaded = module.get_function(function)
         except cupy.cuda.compiler.CompileException as error:
@@ -94,10 +105,10 @@ def _load(function: str, defines: tuple[tuple[str, str], ...], device: int) -> A
     return loaded
 
 
-def _expand(name: str, pasted: set[str]) -> str:
+def _expand(name: str, pasted: set[str], generated: Mapping[str, str]) -> str:
     pasted.add(name)
     lines = [f'#line 1 "{name}"']
-    text = (KERNELS / name).read_text(encoding="utf-8")
+    text = generated.get(name) or (KERNELS / name).read_text(encoding="utf-8")
     for number, line in enumerate(text.splitlines(), start=1):
         include = _INCLUDE.fullmatch(line.strip())
         if include is None:
@@ -106,6 +117,6 @@ def _expand(name: str, pasted: set[str]) -> str:
         elif include[1] in pasted:
             lines.append("")
         else:
-            lines.append(_expand(include[1], pasted))
+            lines.append(_expand(include[1], pasted, generated))
             lines.append(f'#line {number + 1} "{name}"')
     return "\n".join(lines)

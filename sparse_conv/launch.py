@@ -29,6 +29,8 @@ class Launch:
         shared_mem_bytes: Dynamic shared memory of a block.
         pointers: Names of the pointers, in the order of the argument struct.
         constants: The rest of the argument struct, packed.
+        code: Generated text, which takes the place of the function's own
+            `baked_code.cuh`.
     """
 
     function: str
@@ -38,6 +40,7 @@ class Launch:
     shared_mem_bytes: int
     pointers: tuple[str, ...]
     constants: bytes
+    code: str = ""
 
     def pack(self, addresses: Mapping[str, int]) -> bytes:
         """The whole argument struct.

@@ -142,6 +142,11 @@ T __ldg(const T* address) {
     return *address;
 }
 
+template <class T>
+void __stcg(T* address, T value) {
+    *address = value;
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }

@@ -1,0 +1,387 @@
+"""From the values of a kernel to launches of code that is generated for them.
+
+Knows the layout of the tiles of `kernels/conv2d_baked.cu` and the form of the text that
+it includes. Pure functions: nothing is compiled or measured here. Which configuration
+is taken, and whether it pays, is decided in `baked_plan`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparse_conv.gather import Gather
+from sparse_conv.launch import (
+    GRID_LIMIT,
+    WARP,
+    Launch,
+    divisor_words,
+    geometry_longs,
+    geometry_words,
+    pack_words,
+)
+from sparse_conv.pattern import Rows
+from sparse_conv.tiling import (
+    PACKS,
+    DeviceLimits,
+    Tiling,
+    make_tiling,
+    memory_steps,
+)
+
+# Bytes of the struct Shared in conv2d_baked.cu.
+SHARED_BYTES = 96
+# Channels that a warp stages at a time; as in conv2d_baked.cu.
+STAGED = 32
+# Products of one function, at most, where it has several parts: the compiler's time
+# grows faster than the code.
+FUNCTION_PRODUCTS = 16_000
+
+_POINTERS = ("read", "bias", "origins", "write")
+
+
+@dataclass(frozen=True, slots=True)
+class BakedConfig:
+    """How a block of conv2d_baked.cu divides its work.
+
+    Attributes:
+        outputs: Output channels of a thread, which has one pixel.
+        warps: Warps of a block.
+        resident: Blocks that share a multiprocessor; bounds a thread's registers.
+        tile_h: Height of a tile in outputs of one phase.
+        tile_w: Width of a tile.
+        chunk: Input channels in shared memory at a time.
+    """
+
+    outputs: int
+    warps: int
+    resident: int
+    tile_h: int
+    tile_w: int
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The layout of a tile in shared memory; pitches in accumulators.
+
+    Attributes:
+        vector: Channels that lie side by side, so that one load reads them all.
+        copies_vectors: Whether they lie so in global memory, too, in the same dtype.
+        nbytes: Size of a tile of all channels of a chunk.
+    """
+
+    extent_h: int
+    extent_w: int
+    columns: int
+    row_pitch: int
+    column_pitch: int
+    channel_pitch: int
+    vector: int
+    copies_vectors: bool
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BakedBlock:
+    """A configuration with all that follows from it."""
+
+    config: BakedConfig
+    tile: Tile
+    tiling: Tiling
+    chunks: int
+    parts: int
+    group_parts: int
+    shared_mem_bytes: int
+
+
+def make_baked_block(
+    gather: Gather, dtype: str, config: BakedConfig, device: DeviceLimits
+) -> BakedBlock | None:
+    """All that follows from a configuration; None where the GPU can't hold it."""
+    tile = _make_tile(gather, dtype, config)
+    tiling = make_tiling(gather, config.tile_h, config.tile_w)
+    chunks = -(-(gather.in_channels // gather.groups) // config.chunk)
+    group_parts = -(-(gather.out_channels // gather.groups) // config.outputs)
+    parts = gather.h.row_sets * gather.w.row_sets * gather.groups * group_parts
+    staged = config.warps * WARP * _stage_pitch(gather) * PACKS[dtype][1]
+    shared = SHARED_BYTES + max(tile.nbytes * min(chunks, 2), staged)
+    if shared * config.resident > device.shared_mem_bytes:
+        return None
+    if parts * tiling.subtiles > GRID_LIMIT or max(memory_steps(gather)) > GRID_LIMIT:
+        return None
+    if config.tile_h * config.tile_w > config.warps * WARP:
+        return None
+    return BakedBlock(config, tile, tiling, chunks, parts, group_parts, shared)
+
+
+def _stage_pitch(gather: Gather) -> int:
+    return STAGED + (4 if gather.data_format == "NHWC" else 1)
+
+
+def _make_tile(gather: Gather, dtype: str, config: BakedConfig) -> Tile:
+    slots, accumulator = PACKS[dtype]
+    extent_h = (config.tile_h - 1) * gather.h.stride + gather.h.taps
+    extent_w = (config.tile_w - 1) * gather.w.stride + gather.w.taps
+    columns = -(-extent_w // gather.w.stride)
+    group_in = gather.in_channels // gather.groups
+    channels_last = gather.data_format == "NHWC"
+    whole = group_in % slots == 0 and config.chunk % slots == 0
+    # Three channels, padded to a vector, were slower than three loads: 28 instead of
+    # 26 us for 11x11, 3 to 64 channels, 256x512, on an H100.
+    vector = slots if channels_last and whole else 1
+    # An odd number of vectors: neighbouring lanes then meet different banks.
+    column_pitch = (config.chunk // vector | 1) * vector if channels_last else 1
+    width = columns * gather.w.stride * column_pitch
+    row_pitch = _row_pitch(width, gather.h.stride, config.tile_w, column_pitch, vector)
+    plane = extent_h * row_pitch
+    numbers = plane if channels_last else config.chunk * plane
+    return Tile(
+        extent_h,
+        extent_w,
+        columns,
+        row_pitch,
+        column_pitch,
+        1 if channels_last else plane,
+        vector,
+        vector > 1 and dtype in ("float32", "float64"),
+        -(-numbers // slots) * slots * accumulator,
+    )
+
+
+def _row_pitch(
+    width: int, stride_h: int, tile_w: int, column_pitch: int, vector: int
+) -> int:
+    """`width`, or more where lanes in two rows would meet in a bank.
+
+    A vector load serves 8 lanes at a time, another one 32.
+    """
+    lanes = 8 if vector > 1 else 32
+    if tile_w % lanes == 0:
+        return width
+    for pitch in range(width, width + lanes * vector, vector):
+        if (stride_h * pitch - tile_w * column_pitch) // vector % lanes == 0:
+            return pitch
+    return width
+
+
+def needs_origins(gather: Gather) -> bool:
+    """Whether there are several phases, whose origins have to be in memory."""
+    return len(gather.h.origins) * len(gather.w.origins) > 1
+
+
+def bake(
+    gather: Gather,
+    rows: Rows,
+    values: np.ndarray,
+    dtype: str,
+    block: BakedBlock,
+    activation: int = 0,
+) -> list[Launch]:
+    """The launches that compute a Gather with these values.
+
+    Args:
+        gather: What is computed.
+        rows: Its sparse rows.
+        values: (nnz,) the kernel's values, exact in float32 or float64.
+        dtype: Name of the dtype of inputs, bias and outputs.
+        block: The configuration and what follows from it.
+        activation: Code of the activation.
+
+    Returns:
+        Launches that may run in any order, each with the pointers read (16-byte
+        aligned), bias (optional), origins (null if `needs_origins` is false) and write
+        (16-byte aligned).
+    """
+    wide = np.asarray(values, np.float64 if dtype == "float64" else np.float32)
+    ordered = wide if rows.order is None else wide[rows.order]
+    entries = _entries(gather, rows, ordered, block, dtype)
+    launches = []
+    for parts in _functions(entries, block):
+        code = "".join(_code(entries, parts, block))
+        launches.append(_launch(gather, dtype, block, activation, parts, code))
+    return launches
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Entries:
+    """The products of all parts in the order in which they are computed.
+
+    Attributes:
+        begins: (parts, chunks + 1), where each piece's products begin.
+        offset: Bytes from a thread's place to the vector that is read.
+        number: Which number of the vector.
+        output: Which of the thread's sums.
+        bits: The weight in hexadecimal.
+    """
+
+    begins: np.ndarray
+    offset: list[int]
+    number: list[int]
+    output: list[int]
+    bits: list[str]
+
+
+def _entries(
+    gather: Gather, rows: Rows, values: np.ndarray, block: BakedBlock, dtype: str
+) -> _Entries:
+    counts = rows.end - rows.begin
+    row = np.repeat(np.arange(gather.rows), counts)
+    part, output = _parts_of(gather, block, row)
+    rest, tap_w = np.divmod(rows.indices.astype(np.int64), gather.w.taps)
+    channel, tap_h = np.divmod(rest, gather.h.taps)
+    chunk, channel = np.divmod(channel, block.config.chunk)
+    tile = block.tile
+    group, number = np.divmod(channel, tile.vector)
+    quotient, remainder = np.divmod(tap_w, gather.w.stride)
+    place = (
+        tap_h * tile.row_pitch
+        + (remainder * tile.columns + quotient) * tile.column_pitch
+        + group * tile.vector * tile.channel_pitch
+    )
+    # Rows of taps first: the inputs of neighbouring instructions are neighbours.
+    order = np.lexsort((output, number, group, tap_w, tap_h, chunk, part))
+    pieces = part * block.chunks + chunk
+    ends = np.cumsum(np.bincount(pieces, minlength=block.parts * block.chunks))
+    begins = np.concatenate([[0], ends])
+    first = np.arange(block.parts)[:, None] * block.chunks
+    return _Entries(
+        begins[first + np.arange(block.chunks + 1)],
+        (place[order] * PACKS[dtype][1]).tolist(),
+        number[order].tolist(),
+        output[order].tolist(),
+        _hexadecimal(values[order]),
+    )
+
+
+def _parts_of(
+    gather: Gather, block: BakedBlock, row: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which part computes each sparse row, and as which of a thread's sums."""
+    set_number, channel = np.divmod(row, gather.out_channels)
+    group, channel = np.divmod(channel, gather.out_channels // gather.groups)
+    part_in_group, output = np.divmod(channel, block.config.outputs)
+    part = (set_number * gather.groups + group) * block.group_parts + part_in_group
+    return part, output
+
+
+def _functions(entries: _Entries, block: BakedBlock) -> Iterator[range]:
+    """How the parts are divided among functions."""
+    products = int(entries.begins[-1, -1])
+    number = max(1, min(block.parts, -(-products // FUNCTION_PRODUCTS)))
+    edges = [block.parts * i // number for i in range(number + 1)]
+    for first, last in itertools.pairwise(edges):
+        yield range(first, last)
+
+
+def _code(entries: _Entries, parts: range, block: BakedBlock) -> Iterator[str]:
+    """The text that takes the place of baked_code.cuh."""
+    outputs = block.config.outputs
+    yield f"#define SUMS {', '.join(f'SUM({k})' for k in range(outputs))}\n"
+    yield f'#define PLACE "%{outputs}"\n'
+    yield "__device__ __forceinline__ void accumulate(\n"
+    yield "    int piece, const char* place, Accumulator (&sums)[OUTPUTS]) {\n"
+    yield "switch (piece) {\n"
+    vectors = block.tile.vector > 1
+    for number, part in enumerate(parts):
+        begins = entries.begins[part]
+        for chunk, (begin, end) in enumerate(itertools.pairwise(begins.tolist())):
+            yield f"case {number * block.chunks + chunk}:\nBEGIN\n"
+            yield from _instructions(entries, begin, end, vectors)
+            yield "END\nbreak;\n"
+    yield "}\n}\n"
+
+
+def _hexadecimal(values: np.ndarray) -> list[str]:
+    if values.dtype == np.float64:
+        return [f"{bits:016x}" for bits in values.view(np.uint64).tolist()]
+    return [f"{bits:08x}" for bits in values.view(np.uint32).tolist()]
+
+
+def _instructions(
+    entries: _Entries, begin: int, end: int, vectors: bool
+) -> Iterator[str]:
+    """Loads and products in order."""
+    load = "LOAD_VECTOR" if vectors else "LOAD"
+    loaded = None
+    for entry in range(begin, end):
+        offset = entries.offset[entry]
+        if offset != loaded:
+            loaded = offset
+            yield f"{load}({offset})\n"
+        number, output = entries.number[entry], entries.output[entry]
+        yield f"ADD({number}, {output}, {entries.bits[entry]})\n"
+
+
+def _launch(
+    gather: Gather,
+    dtype: str,
+    block: BakedBlock,
+    activation: int,
+    parts: range,
+    code: str,
+) -> Launch:
+    config, tile = block.config, block.tile
+    copied = config.chunk
+    if tile.copies_vectors:
+        copied //= tile.vector
+    words = (
+        *geometry_words(gather),
+        *block.tiling.words(),
+        tile.extent_h,
+        tile.extent_w,
+        tile.columns,
+        tile.row_pitch,
+        tile.column_pitch,
+        tile.channel_pitch,
+        *divisor_words(tile.extent_h),
+        *divisor_words(tile.extent_w),
+        *divisor_words(gather.w.stride),
+        *divisor_words(copied),
+        gather.h.origins[0],
+        gather.w.origins[0],
+        activation,
+        config.chunk,
+        block.chunks,
+        tile.nbytes,
+        int(_stores_quads(gather, config)),
+        parts.start,
+        block.group_parts,
+        *memory_steps(gather),
+    )
+    return Launch(
+        "conv2d_baked",
+        _defines(dtype, config, block.chunks > 1, tile, gather.data_format),
+        (len(parts) * block.tiling.subtiles, 1, 1),
+        (config.warps * WARP, 1, 1),
+        block.shared_mem_bytes,
+        _POINTERS,
+        pack_words(geometry_longs(gather), words),
+        code,
+    )
+
+
+def _stores_quads(gather: Gather, config: BakedConfig) -> bool:
+    group_out = gather.out_channels // gather.groups
+    return gather.data_format == "NHWC" and not (
+        gather.out_channels % 4 or group_out % 4 or config.outputs % 4
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _defines(
+    dtype: str, config: BakedConfig, many_chunks: bool, tile: Tile, data_format: str
+) -> tuple[tuple[str, str], ...]:
+    return (
+        ("DTYPE", dtype.upper()),
+        ("OUTPUTS", str(config.outputs)),
+        ("WARPS", str(config.warps)),
+        ("RESIDENT", str(config.resident)),
+        ("MANY_CHUNKS", str(int(many_chunks))),
+        ("COPY_VECTORS", str(int(tile.copies_vectors))),
+        ("CHANNELS_LAST", str(int(data_format == "NHWC"))),
+    )
