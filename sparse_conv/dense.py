@@ -88,15 +88,23 @@ def estimate(
         reason = ELSEWHERE
     if reason is not None:
         return Estimate("dense", None, reason)
+    amounts = terms(pass_name, problem, dtype, machine)
     if not on_gpu:
-        terms = dense_terms(pass_name, problem, dtype.size, machine, machine.lanes)
-        predicted = costs.microseconds(machine, f"dense {pass_name}", terms)
+        predicted = costs.microseconds(machine, f"dense {pass_name}", amounts)
         predicted *= costs.dtype_factor(machine, "dense", dtype.name)
         return Estimate("dense", predicted, "TensorFlow's convolution")
     precision = "tf32" if tf32 and dtype == tf.float32 else dtype.name
-    terms = dense_terms(pass_name, problem, dtype.size, machine, _GPU_LANES)
-    predicted = costs.microseconds(machine, f"dense {pass_name} {precision}", terms)
+    model = f"dense {pass_name} {precision}"
+    predicted = costs.microseconds(machine, model, amounts)
     return Estimate("dense", predicted, f"TensorFlow's convolution in {precision}")
+
+
+def terms(
+    pass_name: str, problem: Problem, dtype: tf.DType, machine: Machine
+) -> dict[str, float]:
+    """The amounts that the model of a pass weighs."""
+    lanes = _GPU_LANES if machine.kind.startswith("cuda") else machine.lanes
+    return dense_terms(pass_name, problem, dtype.size, machine, lanes)
 
 
 def fprop(
