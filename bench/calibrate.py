@@ -32,7 +32,7 @@ from sparse_conv.costs.terms import sparse_terms
 from sparse_conv.explanation import median_microseconds
 from sparse_conv.problem import Problem, make_problem, normalize_geometry
 
-DENSITIES = (0.02, 0.1, 0.3, 1.0)
+DENSITIES = (0.02, 0.1, 0.2, 0.3, 0.5, 1.0)
 DTYPES = ("float64", "float16", "bfloat16")
 
 

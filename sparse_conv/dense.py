@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from sparse_conv import costs
 from sparse_conv.activations import LINEAR, Activation
-from sparse_conv.bridge import Place, shape_tensor
+from sparse_conv.bridge import HOST, Place, shape_tensor
 from sparse_conv.costs import Estimate, Machine
 from sparse_conv.costs.terms import dense_terms
 from sparse_conv.pattern import Pattern
@@ -47,6 +47,8 @@ def reason_against(
         return None
     if problem.data_format != "NHWC":
         return "TensorFlow's convolution takes nothing but NHWC on CPUs"
+    if dtype.size == 2 and not _computes_on_cpu(dtype):
+        return f"TensorFlow's convolution of {dtype.name} fails on this CPU"
     if pass_name == "fprop":
         return None
     if dtype == tf.int32:
@@ -56,6 +58,18 @@ def reason_against(
     if (problem.dilation_h, problem.dilation_w) != (1, 1):
         return "TensorFlow has no gradients of dilated convolutions on all CPUs"
     return None
+
+
+@functools.cache
+def _computes_on_cpu(dtype: tf.DType) -> bool:
+    """Whether this CPU has what TensorFlow needs for a dtype of 16 bits; it may not."""
+    with tf.init_scope(), tf.device(HOST.device):
+        x = tf.zeros((1, 1, 1, 1), dtype)
+        try:
+            tf.raw_ops.Conv2D(input=x, filter=x, strides=[1] * 4, padding="VALID")
+        except tf.errors.OpError:
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=4096)
