@@ -272,7 +272,7 @@ def _build_fprop(
     backend = _select(convolution, place, dtype)
     if 0 in shape:
         return lambda *_: _zeros(shape, dtype, place)
-    if 0 in input_shape or 0 in shape_of(w):
+    if 0 in input_shape or _has_no_products(convolution, w):
         layout = convolution.geometry.data_format
         return lambda _x, _w, bias=None: _without_products(
             layout, _zeros(shape, dtype, place), bias, activation
@@ -288,7 +288,7 @@ def _build_dgrad(
     problem = convolution.problem(shape, shape_of(w))
     place, dtype = _common_place(operands), dy.dtype
     backend = _select(convolution, place, dtype)
-    if 0 in shape or 0 in shape_of(dy) or 0 in shape_of(w):
+    if 0 in shape or 0 in shape_of(dy) or _has_no_products(convolution, w):
         return lambda *_: _zeros(shape, dtype, place)
     one = Pass("dgrad", problem, dtype, place, shape)
     return _moving(_chosen_run(convolution, one, backend, w), operands, place)
@@ -305,6 +305,11 @@ def _build_wgrad(
         return lambda *_: _zeros(shape, dtype, place)
     one = Pass("wgrad", problem, dtype, place, shape)
     return _moving(_chosen_run(convolution, one, backend, None), operands, place)
+
+
+def _has_no_products(convolution: Convolution, w: tf.Tensor) -> bool:
+    """Whether there is nothing to sum; TensorFlow's convolution sums zeros even so."""
+    return 0 in shape_of(w) and convolution.algorithm != "dense"
 
 
 def _select(
@@ -522,7 +527,9 @@ def _graph_pass(
     if not known or convolution.algorithm in ("generic", "baked"):
         return None
     problem = convolution.problem(tuple(input_shape), tuple(w_shape))
-    if 0 in (*problem.input_shape, *problem.output_shape, *w_shape):
+    if 0 in (*problem.input_shape, *problem.output_shape):
+        return None
+    if 0 in w_shape and convolution.algorithm != "dense":
         return None
     return Pass(name, problem, dtype, _graph_place(convolution, dtype), tuple(shape))
 

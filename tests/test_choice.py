@@ -102,6 +102,25 @@ def test_dense_multiplies_zeros_as_tensorflow_does(small):
     np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+def test_kernel_without_nonzeros(backend, traced):
+    kernel = sparse_conv.SparseKernel.from_dense(np.zeros((3, 3, 4, 6), np.float32))
+    x = tf.fill((1, 5, 5, 4), np.float32(np.inf))
+
+    def step(x, algorithm):
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel.values])
+            y = sparse_conv.conv2d(x, kernel, 1, "SAME", algorithm=algorithm)
+        return [y, *tape.gradient(y, [x, kernel.values])]
+
+    for algorithm, value in (("auto", 0), ("generic", 0), ("dense", np.nan)):
+        function = functools.partial(step, algorithm=algorithm)
+        y, dx, dw = (tf.function(function) if traced else function)(x)
+        np.testing.assert_array_equal(y.numpy(), np.full((1, 5, 5, 6), value))
+        np.testing.assert_array_equal(dx.numpy(), np.zeros((1, 5, 5, 4)))
+        assert dw.shape == (0,)
+
+
 def test_results_live_where_the_operands_live(small):
     x, dense_kernel, kernel = small
     for filters in (dense_kernel, kernel):
