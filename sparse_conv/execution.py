@@ -1,84 +1,32 @@
-"""One pass, run: straight away on eager tensors, by `tf.py_function` in a graph.
+"""One pass on eager tensors.
 
-A Convolution remembers, for each shape and place it has met, a function that computes a
-pass there; a call that has been seen before costs one look-up. Knows how to find the
-back end and what a graph needs to know beforehand. Knows nothing of gradients, and
-nothing of what a back end does.
+Knows how to find the back end, where the operands are brought together, and what is
+computed where there is nothing to sum. Knows nothing of graphs and gradients, nor of
+what a back end does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from types import ModuleType
+from typing import Any
 
 import tensorflow as tf
 
-from sparse_conv import backends
+from sparse_conv import backends, dense
 from sparse_conv.activations import Activation
 from sparse_conv.bridge import HOST, Place, place_of
-from sparse_conv.graph import call_in_graph
-from sparse_conv.pattern import Pattern
-from sparse_conv.problem import Geometry, Problem, infer_output_shape, make_problem
-from sparse_conv.sparse_kernel import check_dtype
-from sparse_conv.tf_internals import shape_of
-
-
-class RuntimeShape(NamedTuple):
-    """A shape that is known only when the graph runs.
-
-    Attributes:
-        value: (rank,) int32 tensor.
-        static: What is known of it while the graph is built.
-    """
-
-    value: tf.Tensor
-    static: tf.TensorShape
-
-
-Shape = tuple[int, ...] | RuntimeShape
-# Computes a pass for operands of one shape, dtype and place.
-Run = Callable[..., tf.Tensor]
-
-# Beyond so many shapes and places, a Convolution forgets what it remembers.
-_REMEMBERED = 1024
-
-
-class Convolution:
-    """What stays the same over the passes and calls of one convolution.
-
-    Attributes:
-        geometry: Strides, padding, dilations and layout.
-        pattern: The kernel's pattern; None when the kernel is dense.
-        backend: The back end asked for; None to choose.
-    """
-
-    def __init__(
-        self, geometry: Geometry, pattern: Pattern | None, backend: str | None
-    ):
-        backends.check_name(backend)
-        self.geometry = geometry
-        self.pattern = pattern
-        self.backend = backend
-        self._runs: dict[Hashable, Run] = {}
-
-    def kernel_shape(self, w_shape: Sequence[int]) -> tuple[int, int, int, int]:
-        """The dense kernel's shape, given the shape of its values or of itself."""
-        return tuple(w_shape) if self.pattern is None else self.pattern.shape
-
-    def problem(
-        self, input_shape: tuple[int, ...], w_shape: tuple[int, ...]
-    ) -> Problem:
-        """The Problem for an input of that shape."""
-        return make_problem(input_shape, self.kernel_shape(w_shape), self.geometry)
-
-    def remembered(self, key: Hashable, build: Callable[[], Run]) -> Run:
-        """The function made for `key`, made now if it wasn't yet."""
-        run = self._runs.get(key)
-        if run is None:
-            if len(self._runs) >= _REMEMBERED:
-                self._runs.clear()
-            run = self._runs[key] = build()
-        return run
+from sparse_conv.convolution import (
+    Convolution,
+    Pass,
+    Run,
+    check_dense,
+    check_operands,
+    known_nonzeros,
+)
+from sparse_conv.memo import Memo
+from sparse_conv.tensor_cache import cached
+from sparse_conv.tf_internals import shape_of, tensor_float_32_enabled
 
 
 def fprop(
@@ -89,21 +37,10 @@ def fprop(
     activation: Activation,
 ) -> tf.Tensor:
     """The forward pass; see `autodiff.fprop` for the arguments."""
-    if tf.executing_eagerly():
-        return eager_fprop(convolution, x, w, bias, activation)
-    return _graph_fprop(convolution, x, w, bias, activation)
-
-
-def eager_fprop(
-    convolution: Convolution,
-    x: tf.Tensor,
-    w: tf.Tensor,
-    bias: tf.Tensor | None,
-    activation: Activation,
-) -> tf.Tensor:
-    """The forward pass on eager tensors."""
     operands = (x, w) if bias is None else (x, w, bias)
-    key = (activation.code, *map(_signature, operands))
+    # Which algorithm is the cheapest depends on TensorFlow's precision.
+    tf32 = tensor_float_32_enabled()
+    key = (activation.code, tf32, *map(_signature, operands))
     run = convolution.remembered(
         key, lambda: _build_fprop(convolution, operands, activation)
     )
@@ -111,12 +48,11 @@ def eager_fprop(
 
 
 def dgrad(
-    convolution: Convolution, input_shape: Shape, dy: tf.Tensor, w: tf.Tensor
+    convolution: Convolution, input_shape: tuple[int, ...], dy: tf.Tensor, w: tf.Tensor
 ) -> tf.Tensor:
     """The gradient to the input; see `autodiff.dgrad` for the arguments."""
-    if not tf.executing_eagerly():
-        return _graph_dgrad(convolution, input_shape, dy, w)
-    key = ("dgrad", input_shape, _signature(dy), _signature(w))
+    tf32 = tensor_float_32_enabled()
+    key = ("dgrad", tf32, input_shape, _signature(dy), _signature(w))
     run = convolution.remembered(
         key, lambda: _build_dgrad(convolution, input_shape, (dy, w))
     )
@@ -124,56 +60,15 @@ def dgrad(
 
 
 def wgrad(
-    convolution: Convolution, x: tf.Tensor, dy: tf.Tensor, kernel_shape: Shape
+    convolution: Convolution, x: tf.Tensor, dy: tf.Tensor, kernel_shape: tuple[int, ...]
 ) -> tf.Tensor:
     """The gradient to the kernel; see `autodiff.wgrad` for the arguments."""
-    if not tf.executing_eagerly():
-        return _graph_wgrad(convolution, x, dy, kernel_shape)
-    key = ("wgrad", kernel_shape, _signature(x), _signature(dy))
+    tf32 = tensor_float_32_enabled()
+    key = ("wgrad", tf32, kernel_shape, _signature(x), _signature(dy))
     run = convolution.remembered(
         key, lambda: _build_wgrad(convolution, kernel_shape, (x, dy))
     )
     return run(x, dy)
-
-
-def check_operands(
-    convolution: Convolution, operands: Sequence[tf.Tensor], activation: Activation
-) -> None:
-    """Checks dtypes and the bias, as far as they are known.
-
-    Args:
-        convolution: What is convolved.
-        operands: The input, the kernel's values or the dense kernel, and maybe a bias.
-        activation: The fused activation.
-
-    Raises:
-        TypeError: A dtype can't serve or doesn't match the input's.
-        ValueError: The bias does not have one element for each output channel.
-    """
-    x, w, *rest = operands
-    check_dtype("input", x.dtype)
-    for name, operand in zip(("filters", "bias"), (w, *rest), strict=False):
-        if operand.dtype != x.dtype:
-            raise TypeError(
-                f"`{name}` must have the dtype of `input`. Received: {name} of dtype "
-                f"{operand.dtype.name}, input of dtype {x.dtype.name}"
-            )
-    if x.dtype.is_integer and not activation.integer:
-        raise TypeError(
-            f"The activation {activation.name!r} is not defined for integers. "
-            f"Received: input of dtype {x.dtype.name}"
-        )
-    outputs = None
-    if convolution.pattern is not None:
-        outputs = convolution.pattern.shape[3]
-    elif w.shape.rank == 4:
-        outputs = w.shape[3]
-    for bias in rest:
-        if not bias.shape.is_compatible_with([outputs]):
-            raise ValueError(
-                "`bias` must have one element for each output channel. Received: bias "
-                f"of shape {tuple(bias.shape)}, {outputs} output channels"
-            )
 
 
 def _signature(tensor: tf.Tensor) -> Hashable:
@@ -190,24 +85,16 @@ def _build_fprop(
     problem = convolution.problem(input_shape, shape_of(w))
     shape = (*input_shape[:-3], *problem.output_shape[1:])
     place = _common_place(operands)
-    backend = backends.select(place, dtype, convolution.backend)
+    backend = _select(convolution, place, dtype)
     if 0 in shape:
         return lambda *_: _zeros(shape, dtype, place)
-    if 0 in input_shape or 0 in shape_of(w):
+    if 0 in input_shape or _has_no_products(convolution, w):
         layout = convolution.geometry.data_format
         return lambda _x, _w, bias=None: _without_products(
             layout, _zeros(shape, dtype, place), bias, activation
         )
-    run = backend.fprop(
-        problem,
-        dtype,
-        place,
-        convolution.pattern,
-        has_bias=bool(rest),
-        activation=activation.code,
-        shape=shape,
-    )
-    return _moving(run, operands, place)
+    one = Pass("fprop", problem, dtype, place, shape, bool(rest), activation)
+    return _moving(_chosen_run(convolution, one, backend, w), operands, place)
 
 
 def _build_dgrad(
@@ -216,11 +103,11 @@ def _build_dgrad(
     dy, w = operands
     problem = convolution.problem(shape, shape_of(w))
     place, dtype = _common_place(operands), dy.dtype
-    backend = backends.select(place, dtype, convolution.backend)
-    if 0 in shape or 0 in shape_of(dy) or 0 in shape_of(w):
+    backend = _select(convolution, place, dtype)
+    if 0 in shape or 0 in shape_of(dy) or _has_no_products(convolution, w):
         return lambda *_: _zeros(shape, dtype, place)
-    run = backend.dgrad(problem, dtype, place, convolution.pattern, shape=shape)
-    return _moving(run, operands, place)
+    one = Pass("dgrad", problem, dtype, place, shape)
+    return _moving(_chosen_run(convolution, one, backend, w), operands, place)
 
 
 def _build_wgrad(
@@ -229,11 +116,91 @@ def _build_wgrad(
     x, dy = operands
     problem = convolution.problem(shape_of(x), shape)
     place, dtype = _common_place(operands), x.dtype
-    backend = backends.select(place, dtype, convolution.backend)
+    backend = _select(convolution, place, dtype)
     if 0 in shape or 0 in shape_of(x) or 0 in shape_of(dy):
         return lambda *_: _zeros(shape, dtype, place)
-    run = backend.wgrad(problem, dtype, place, convolution.pattern)
-    return _moving(run, operands, place)
+    one = Pass("wgrad", problem, dtype, place, shape)
+    return _moving(_chosen_run(convolution, one, backend, None), operands, place)
+
+
+def _has_no_products(convolution: Convolution, w: tf.Tensor) -> bool:
+    """Whether there is nothing to sum; TensorFlow's convolution sums zeros even so."""
+    return 0 in shape_of(w) and convolution.algorithm != "dense"
+
+
+def _select(
+    convolution: Convolution, place: Place, dtype: tf.DType
+) -> ModuleType | None:
+    """The back end; None where TensorFlow's convolution was asked for, and no other."""
+    if convolution.algorithm == "dense" and convolution.backend is None:
+        return None
+    return backends.select(place, dtype, convolution.backend)
+
+
+def _chosen_run(
+    convolution: Convolution,
+    one: Pass,
+    backend: ModuleType | None,
+    w: tf.Tensor | None,
+) -> Run:
+    """A pass by the algorithm that is asked for or the cheapest.
+
+    Args:
+        convolution: What is convolved.
+        one: The pass.
+        backend: What `_select` gave.
+        w: The kernel's operand; None for wgrad.
+    """
+    algorithm = convolution.algorithm
+    if algorithm == "dense":
+        check_dense(convolution, one)
+    elif algorithm != "generic":
+        nnz = known_nonzeros(convolution, one.problem, w)
+        if nnz is None and backend.nonzeros(w) is not None:
+            return _counting_run(convolution, one, backend)
+        algorithm = _choose(convolution, one, backend, nnz)
+    return build_run(convolution, one, backend, algorithm)
+
+
+def build_run(
+    convolution: Convolution, one: Pass, backend: ModuleType | None, algorithm: str
+) -> Run:
+    """A pass by a given algorithm."""
+    arguments = (one.problem, one.dtype, one.place, convolution.pattern)
+    options: dict[str, Any] = {} if one.name == "wgrad" else {"shape": one.shape}
+    if algorithm == "dense":
+        if one.name == "fprop":
+            options["activation"] = one.activation
+        return getattr(dense, one.name)(*arguments, **options)
+    if one.name == "fprop":
+        options |= {"has_bias": one.has_bias, "activation": one.activation.code}
+    return getattr(backend, one.name)(*arguments, algorithm=algorithm, **options)
+
+
+def _counting_run(convolution: Convolution, one: Pass, backend: ModuleType) -> Run:
+    """A pass over a dense kernel, by an algorithm that follows from its zeros."""
+    runs = Memo()
+    # What was chosen is kept with each kernel, under this name.
+    name = object()
+
+    def run(read: tf.Tensor, w: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
+        algorithm = cached(
+            w, name, lambda: _choose(convolution, one, backend, backend.nonzeros(w))
+        )
+        prepared = runs.cached(
+            algorithm, lambda: build_run(convolution, one, backend, algorithm)
+        )
+        return prepared(read, w, *rest)
+
+    return run
+
+
+def _choose(
+    convolution: Convolution, one: Pass, backend: ModuleType, nnz: int | None
+) -> str:
+    return convolution.choose(
+        one.name, one.problem, one.dtype, one.place, nnz, backend
+    ).algorithm
 
 
 def _common_place(operands: Sequence[tf.Tensor]) -> Place:
@@ -284,66 +251,3 @@ def _without_products(
             per_channel = (-1,) if data_format == "NHWC" else (-1, 1, 1)
             y += tf.reshape(bias, per_channel)
         return activation.function(y)
-
-
-def _graph_fprop(
-    convolution: Convolution,
-    x: tf.Tensor,
-    w: tf.Tensor,
-    bias: tf.Tensor | None,
-    activation: Activation,
-) -> tf.Tensor:
-    def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        return eager_fprop(convolution, x, w, bias, activation)
-
-    shape = None
-    if x.shape.rank is not None and w.shape.rank is not None:
-        kernel_shape = convolution.kernel_shape(w.shape.as_list())
-        shape = infer_output_shape(
-            x.shape.as_list(), kernel_shape, convolution.geometry
-        )
-    operands = [x, w] if bias is None else [x, w, bias]
-    return call_in_graph(run, operands, x.dtype, shape, _device(convolution, x))
-
-
-def _graph_dgrad(
-    convolution: Convolution, input_shape: Shape, dy: tf.Tensor, w: tf.Tensor
-) -> tf.Tensor:
-    def run(dy: tf.Tensor, w: tf.Tensor, *value: tf.Tensor) -> tf.Tensor:
-        return dgrad(convolution, _known_shape(input_shape, value), dy, w)
-
-    value, static = _graph_shape(input_shape)
-    device = _device(convolution, dy)
-    return call_in_graph(run, [dy, w, *value], dy.dtype, static, device)
-
-
-def _graph_wgrad(
-    convolution: Convolution, x: tf.Tensor, dy: tf.Tensor, kernel_shape: Shape
-) -> tf.Tensor:
-    def run(x: tf.Tensor, dy: tf.Tensor, *value: tf.Tensor) -> tf.Tensor:
-        return wgrad(convolution, x, dy, _known_shape(kernel_shape, value))
-
-    value, static = _graph_shape(kernel_shape)
-    device = _device(convolution, x)
-    return call_in_graph(run, [x, dy, *value], x.dtype, static, device)
-
-
-def _graph_shape(shape: Shape) -> tuple[list[tf.Tensor], tf.TensorShape]:
-    """The operands that tell a shape when the graph runs, and what is known before."""
-    if isinstance(shape, RuntimeShape):
-        return [shape.value], shape.static
-    return [], tf.TensorShape(shape)
-
-
-def _known_shape(shape: Shape, value: Sequence[tf.Tensor]) -> tuple[int, ...]:
-    """The shape while the graph runs; `value` is what `_graph_shape` added."""
-    return tuple(value[0].numpy().tolist()) if value else shape
-
-
-def _device(convolution: Convolution, operand: tf.Tensor) -> str | None:
-    """Where a pass should run in a graph; None leaves it to TensorFlow."""
-    if convolution.backend == "cpu" or operand.dtype == tf.int32:
-        return None
-    if not tf.config.list_logical_devices("GPU") or backends.unavailable("cuda"):
-        return None
-    return "/GPU:0"
