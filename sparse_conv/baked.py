@@ -27,6 +27,7 @@ from sparse_conv.launch import (
 from sparse_conv.pattern import Rows
 from sparse_conv.tiling import (
     PACKS,
+    RESERVED_BYTES,
     DeviceLimits,
     Tiling,
     make_tiling,
@@ -110,7 +111,8 @@ def make_baked_block(
     parts = gather.h.row_sets * gather.w.row_sets * gather.groups * group_parts
     staged = config.warps * WARP * _stage_pitch(gather) * PACKS[dtype][1]
     shared = SHARED_BYTES + max(tile.nbytes * min(chunks, 2), staged)
-    if shared * config.resident > device.shared_mem_bytes:
+    needed = (shared + RESERVED_BYTES) * config.resident
+    if needed > device.shared_mem_bytes + RESERVED_BYTES:
         return None
     if parts * tiling.subtiles > GRID_LIMIT or max(memory_steps(gather)) > GRID_LIMIT:
         return None
@@ -174,15 +176,23 @@ def needs_origins(gather: Gather) -> bool:
     return len(gather.h.origins) * len(gather.w.origins) > 1
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class BakedFunction:
+    """Generated code for some of the parts, and how it is launched.
+
+    Attributes:
+        code: The text that takes the place of baked_code.cuh.
+        parts: The parts that it computes.
+    """
+
+    code: str
+    parts: range
+
+
 def bake(
-    gather: Gather,
-    rows: Rows,
-    values: np.ndarray,
-    dtype: str,
-    block: BakedBlock,
-    activation: int = 0,
-) -> list[Launch]:
-    """The launches that compute a Gather with these values.
+    gather: Gather, rows: Rows, values: np.ndarray, dtype: str, block: BakedBlock
+) -> list[BakedFunction]:
+    """The functions that compute a Gather with these values.
 
     Args:
         gather: What is computed.
@@ -190,21 +200,17 @@ def bake(
         values: (nnz,) the kernel's values, exact in float32 or float64.
         dtype: Name of the dtype of inputs, bias and outputs.
         block: The configuration and what follows from it.
-        activation: Code of the activation.
 
     Returns:
-        Launches that may run in any order, each with the pointers read (16-byte
-        aligned), bias (optional), origins (null if `needs_origins` is false) and write
-        (16-byte aligned).
+        The functions, which may run in any order.
     """
     wide = np.asarray(values, np.float64 if dtype == "float64" else np.float32)
     ordered = wide if rows.order is None else wide[rows.order]
     entries = _entries(gather, rows, ordered, block, dtype)
-    launches = []
-    for parts in _functions(entries, block):
-        code = "".join(_code(entries, parts, block))
-        launches.append(_launch(gather, dtype, block, activation, parts, code))
-    return launches
+    return [
+        BakedFunction("".join(_code(entries, parts, block)), parts)
+        for parts in _functions(entries, block)
+    ]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -317,14 +323,27 @@ def _instructions(
         yield f"ADD({number}, {output}, {entries.bits[entry]})\n"
 
 
-def _launch(
+def baked_launch(
     gather: Gather,
     dtype: str,
     block: BakedBlock,
-    activation: int,
-    parts: range,
-    code: str,
+    function: BakedFunction,
+    activation: int = 0,
 ) -> Launch:
+    """The launch of a generated function.
+
+    Args:
+        gather: What is computed.
+        dtype: Name of the dtype of inputs, bias and outputs.
+        block: The configuration that the code was generated for.
+        function: One of what `bake` made.
+        activation: Code of the activation; the code doesn't depend on it.
+
+    Returns:
+        A launch with the pointers read (16-byte aligned), bias (optional), origins
+        (null if `needs_origins` is false) and write (16-byte aligned).
+    """
+    parts = function.parts
     config, tile = block.config, block.tile
     copied = config.chunk
     if tile.copies_vectors:
@@ -361,7 +380,7 @@ def _launch(
         block.shared_mem_bytes,
         _POINTERS,
         pack_words(geometry_longs(gather), words),
-        code,
+        function.code,
     )
 
 

@@ -38,7 +38,7 @@ class Question(NamedTuple):
         dtype: Of all operands.
         place: Where they live.
         nnz: Weights that aren't zero; None where nobody counted them.
-        has_pattern: Whether the kernel is a SparseKernel.
+        constant: Whether the kernel is a SparseKernel whose values stay the same.
         tf32: Whether TensorFlow may compute float32 convolutions in TF32.
         traced: Whether a graph is being built, where a Python function is expensive.
     """
@@ -48,7 +48,7 @@ class Question(NamedTuple):
     dtype: tf.DType
     place: Place
     nnz: int | None
-    has_pattern: bool
+    constant: bool
     tf32: bool
     traced: bool = False
 
@@ -125,9 +125,7 @@ def _modelled(question: Question, backend: ModuleType) -> tuple[Estimate, ...]:
         p = q.problem
         nnz = p.r * p.s * p.group_channels * p.k
     machine = backend.machine(q.place)
-    ours = backend.estimates(
-        q.pass_name, q.problem, q.dtype, q.place, nnz, q.has_pattern
-    )
+    ours = backend.estimates(q.pass_name, q.problem, q.dtype, q.place, nnz, q.constant)
     theirs = dense.estimate(
         q.pass_name, q.problem, q.dtype, q.place, machine, tf32=q.tf32
     )

@@ -39,6 +39,7 @@ class Convolution:
         pattern: The kernel's pattern; None when the kernel is dense.
         backend: The back end asked for; None to choose.
         algorithm: The algorithm asked for; "auto" to choose.
+        constant: Whether the kernel is a SparseKernel whose values stay the same.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class Convolution:
         pattern: Pattern | None,
         backend: str | None,
         algorithm: str = "auto",
+        *,
+        constant: bool = False,
     ):
         backends.check_name(backend)
         choice.check_name(algorithm)
@@ -54,6 +57,7 @@ class Convolution:
         self.pattern = pattern
         self.backend = backend
         self.algorithm = algorithm
+        self.constant = constant
         self._runs: dict[Hashable, Run] = {}
         self._measured: dict[Question, tuple[Estimate, ...]] = {}
 
@@ -84,7 +88,7 @@ class Convolution:
             dtype,
             place,
             nnz,
-            self.pattern is not None,
+            self.constant,
             tensor_float_32_enabled(),
             traced,
         )

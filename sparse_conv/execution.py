@@ -159,19 +159,27 @@ def _chosen_run(
         if nnz is None and backend.nonzeros(w) is not None:
             return _counting_run(convolution, one, backend)
         algorithm = _choose(convolution, one, backend, nnz)
-    return build_run(convolution, one, backend, algorithm)
+    waits = convolution.algorithm != "auto"
+    return build_run(convolution, one, backend, algorithm, waits=waits)
 
 
 def build_run(
-    convolution: Convolution, one: Pass, backend: ModuleType | None, algorithm: str
+    convolution: Convolution,
+    one: Pass,
+    backend: ModuleType | None,
+    algorithm: str,
+    *,
+    waits: bool,
 ) -> Run:
-    """A pass by a given algorithm."""
+    """A pass by a given algorithm; `waits` tells whether it waits for its compiler."""
     arguments = (one.problem, one.dtype, one.place, convolution.pattern)
     options: dict[str, Any] = {} if one.name == "wgrad" else {"shape": one.shape}
     if algorithm == "dense":
         if one.name == "fprop":
             options["activation"] = one.activation
         return getattr(dense, one.name)(*arguments, **options)
+    if one.name != "wgrad":
+        options["waits"] = waits
     if one.name == "fprop":
         options |= {"has_bias": one.has_bias, "activation": one.activation.code}
     return getattr(backend, one.name)(*arguments, algorithm=algorithm, **options)
@@ -188,7 +196,8 @@ def _counting_run(convolution: Convolution, one: Pass, backend: ModuleType) -> R
             w, name, lambda: _choose(convolution, one, backend, backend.nonzeros(w))
         )
         prepared = runs.cached(
-            algorithm, lambda: build_run(convolution, one, backend, algorithm)
+            algorithm,
+            lambda: build_run(convolution, one, backend, algorithm, waits=False),
         )
         return prepared(read, w, *rest)
 

@@ -295,7 +295,7 @@ def _question(subject: _Subject, name: str) -> choice.Question:
         subject.dtype,
         subject.place,
         _nonzeros(subject, name),
-        isinstance(subject.filters, SparseKernel),
+        subject.convolution.constant,
         tensor_float_32_enabled(),
     )
 
@@ -384,7 +384,11 @@ def _call(subject: _Subject, name: str, algorithm: str) -> Callable[[], tf.Tenso
         if reason is not None:
             raise choice.unsupported(algorithm, name, reason)
     run = build_run(
-        subject.convolution, _pass(subject, name), subject.backend, algorithm
+        subject.convolution,
+        _pass(subject, name),
+        subject.backend,
+        algorithm,
+        waits=True,
     )
     operands = _operands(subject, name)
     return lambda: run(*operands)

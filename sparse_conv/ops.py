@@ -139,7 +139,9 @@ def convolution_of(
         return _dense_convolution(geometry, backend, algorithm)
     return filters.memo.cached(
         (geometry, backend, algorithm),
-        lambda: Convolution(geometry, pattern, backend, algorithm),
+        lambda: Convolution(
+            geometry, pattern, backend, algorithm, constant=filters.is_constant
+        ),
     )
 
 

@@ -129,6 +129,11 @@ class SparseKernel(tf.Module):
         return self.pattern.shape
 
     @property
+    def is_constant(self) -> bool:
+        """Whether the values stay the same: they are not a variable."""
+        return not isinstance(self.values, tf.Variable)
+
+    @property
     def dtype(self) -> tf.DType:
         """Dtype of the values."""
         return self.values.dtype

@@ -81,15 +81,24 @@ _pack_address = struct.Struct("<Q").pack_into
 class Step:
     """A launch with what all its uses share: the function and the fixed operands."""
 
-    def __init__(self, launch: Launch, ordinal: int, fixed: Mapping[str, Memory]):
+    def __init__(
+        self,
+        launch: Launch,
+        ordinal: int,
+        fixed: Mapping[str, Memory],
+        function: Any = None,
+    ):
         """Loads the function, compiling it if need be.
 
         Args:
             launch: The launch.
             ordinal: CUDA's number of the GPU.
             fixed: The memory of operands that are the same at each use.
+            function: The launch's function, if it is loaded already.
         """
-        self._function = jit.load_function(launch.function, launch.defines, ordinal)
+        if function is None:
+            function = jit.load_function(launch.function, launch.defines, ordinal)
+        self._function = function
         self._launch = launch
         # Holds on to the memory as well as to its addresses.
         self._fixed = fixed

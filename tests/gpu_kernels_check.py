@@ -9,6 +9,7 @@ Needs CuPy and a GPU, no TensorFlow:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -25,7 +26,8 @@ if find_spec("tensorflow") is None:
     _package.__path__ = [str(Path(__file__).resolve().parent.parent / "sparse_conv")]
     sys.modules.setdefault("sparse_conv", _package)
 
-from sparse_conv import plan
+from sparse_conv import baked, plan
+from sparse_conv.baked import BakedConfig
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.launch import Launch
 from sparse_conv.pattern import Pattern, Rows
@@ -203,6 +205,37 @@ def run_dgrad(run: Runner, case: Case, config=None, device=H200) -> None:
     case.check("dgrad", got, gather.row_length)
 
 
+def run_baked(run: Runner, case: Case, config: BakedConfig, device=H200) -> int:
+    """Checks both passes by generated code; returns how many comparisons were made."""
+    p = case.problem
+    count = 0
+    for name, gather, rows, read, shape, bias in (
+        ("fprop", fprop_gather(p), case.pattern.fprop_rows(), case.x,
+         p.output_shape, case.bias),
+        ("dgrad", dgrad_gather(p), case.pattern.dgrad_rows(dgrad_gather(p)), case.dy,
+         p.input_shape, None),
+    ):  # fmt: skip
+        fitted = dataclasses.replace(
+            config,
+            outputs=min(config.outputs, gather.out_channels // gather.groups),
+            chunk=min(config.chunk, gather.in_channels // gather.groups),
+        )
+        block = baked.make_baked_block(gather, case.dtype, fitted, device)
+        if block is None:
+            continue
+        arrays = {
+            "read": read, "bias": bias, "write": np.empty(shape, read.dtype),
+            "origins": origins(gather) if baked.needs_origins(gather) else None,
+        }  # fmt: skip
+        values = case.numbers(case.values)
+        (function,) = baked.bake(gather, rows, values, case.dtype, block)
+        launch = baked.baked_launch(gather, case.dtype, block, function)
+        got = run(launch, arrays, ("write",))["write"]
+        case.check(name, got, gather.row_length)
+        count += 1
+    return count
+
+
 def run_wgrad(run: Runner, case: Case, dense: bool, config=None, device=H200) -> None:
     """Checks the kernel's gradient, at the nonzeros or everywhere."""
     gather = fprop_gather(case.problem)
@@ -280,6 +313,10 @@ CONFIGS = [
     plan.TileConfig(1, 8, 2, 2, 4, 9, 14, 3),
     plan.TileConfig(2, 8, 2, 1, 2, 8, 16, 8, passes=3),
 ]
+BAKED_CONFIGS = [
+    BakedConfig(64, 4, 2, 4, 28, 4),
+    BakedConfig(8, 2, 1, 4, 16, 2**20),
+]
 WGRAD_CONFIGS = [
     plan.WgradConfig(4, 2, 3, 8, 16, 3, 3),
     plan.WgradConfig(4, 8, 1, 18, 7, 2, 100),
@@ -323,6 +360,9 @@ def check(
                 if fits(gather, dtype, config):
                     part(run, case, config)
                     count += 1
+        if dtype != "int32":
+            for config in BAKED_CONFIGS if every else BAKED_CONFIGS[:1]:
+                count += run_baked(run, case, config)
         if not rest:
             continue
         for dense, config in itertools.product(
@@ -346,11 +386,16 @@ def device_limits() -> plan.DeviceLimits:
     )
 
 
-def launch_on_gpu(launch: Launch, arrays) -> None:
-    """Launches with CuPy arrays."""
+@functools.lru_cache(maxsize=64)
+def _loaded(function: str, defines: tuple, code: str):
     from sparse_conv import jit
 
-    function = jit.load_function(launch.function, launch.defines, 0)
+    return jit.load_function(function, defines, 0, code)
+
+
+def launch_on_gpu(launch: Launch, arrays) -> None:
+    """Launches with CuPy arrays."""
+    function = _loaded(launch.function, launch.defines, launch.code)
     packed = launch.pack(
         {name: array.data.ptr for name, array in arrays.items() if array is not None}
     )

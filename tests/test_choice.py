@@ -357,7 +357,7 @@ def test_what_can_not_compute_is_not_chosen():
 
 
 def test_where_nobody_counted_the_zeros_the_kernel_counts_as_sparse():
-    chosen = choose(question(nnz=None, has_pattern=False), FakeBackend(1e9))
+    chosen = choose(question(nnz=None, constant=False), FakeBackend(1e9))
     assert chosen.algorithm == "generic"
     assert "counted" in chosen.reason
 

@@ -61,12 +61,13 @@ def fprop(
     pattern: Pattern | None,
     *,
     algorithm: str,
+    waits: bool,
     has_bias: bool,
     activation: int,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The forward pass."""
-    del algorithm, has_bias
+    del algorithm, waits, has_bias
     gather = fprop_gather(problem)
 
     def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
@@ -91,10 +92,11 @@ def dgrad(
     pattern: Pattern | None,
     *,
     algorithm: str,
+    waits: bool,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The gradient to the input."""
-    del algorithm
+    del algorithm, waits
     gather = dgrad_gather(problem)
 
     def run(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
@@ -150,10 +152,10 @@ def estimates(
     dtype: tf.DType,
     place: Place,
     nnz: int,
-    has_pattern: bool,
+    constant: bool,
 ) -> tuple[Estimate, ...]:
     """What each algorithm would take; see `sparse_conv.backends`."""
-    del has_pattern
+    del constant
     return _estimates(pass_name, problem, dtype, nnz, machine(place))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,7 +18,11 @@ import numpy as np
 import tensorflow as tf
 
 from sparse_conv import bridge, costs, plan
-from sparse_conv.backends import cuda_costs
+from sparse_conv.activations import LINEAR
+from sparse_conv.backends import cuda_baked, cuda_costs
+from sparse_conv.backends.cuda_baked import BakedCode, baked_run
+from sparse_conv.baked import needs_origins
+from sparse_conv.baked_plan import choose_baked_block
 from sparse_conv.bridge import Memory, Place
 from sparse_conv.costs import Estimate
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
@@ -30,8 +35,6 @@ from sparse_conv.tensor_cache import cached
 # Raw memory is asked for in elements of a dtype that TensorFlow keeps on the GPU: its
 # int32 tensors live in host memory.
 _CELL = tf.float32
-
-_NOT_BAKED = "no code is generated for a single kernel yet"
 
 Operands = Mapping[str, Memory]
 
@@ -81,12 +84,12 @@ def fprop(
     pattern: Pattern | None,
     *,
     algorithm: str,
+    waits: bool,
     has_bias: bool,
     activation: int,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The forward pass."""
-    del algorithm
     gather = fprop_gather(problem)
     launch = plan.gather_launch(
         gather,
@@ -103,7 +106,12 @@ def fprop(
     compress = plan.compress_launch(
         gather, dtype.name, problem.kernel_shape, transposed=False
     )
-    return _gather_run(launch, gather, compress, rows, dtype, shape, place)
+    generic = _gather_run(launch, gather, compress, rows, dtype, shape, place)
+    if algorithm != "baked":
+        return generic
+    code = _baked_code("fprop", gather, pattern, dtype, place)
+    fixed = _baked_operands(gather, place)
+    return baked_run(code, activation, fixed, shape, generic, waits=waits)
 
 
 def dgrad(
@@ -113,10 +121,10 @@ def dgrad(
     pattern: Pattern | None,
     *,
     algorithm: str,
+    waits: bool,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The gradient to the input."""
-    del algorithm
     gather = dgrad_gather(problem)
     launch = plan.gather_launch(
         gather,
@@ -133,7 +141,12 @@ def dgrad(
     compress = plan.compress_launch(
         gather, dtype.name, problem.kernel_shape, transposed=True
     )
-    return _gather_run(launch, gather, compress, rows, dtype, shape, place)
+    generic = _gather_run(launch, gather, compress, rows, dtype, shape, place)
+    if algorithm != "baked":
+        return generic
+    code = _baked_code("dgrad", gather, pattern, dtype, place)
+    fixed = _baked_operands(gather, place)
+    return baked_run(code, LINEAR.code, fixed, shape, generic, waits=waits)
 
 
 def wgrad(
@@ -196,17 +209,16 @@ def estimates(
     dtype: tf.DType,
     place: Place,
     nnz: int,
-    has_pattern: bool,
+    constant: bool,
 ) -> tuple[Estimate, ...]:
     """What each algorithm would take; see `sparse_conv.backends`."""
-    del has_pattern
-    predicted = cuda_costs.generic_microseconds(
-        pass_name, problem, dtype.name, nnz, limits(place), machine(place)
-    )
-    return (
-        Estimate("generic", predicted, f"functions that read the {nnz} weights"),
-        Estimate("baked", None, _NOT_BAKED),
-    )
+    sizes = (pass_name, problem, dtype.name, nnz, limits(place), machine(place))
+    predicted = cuda_costs.generic_microseconds(*sizes)
+    generic = Estimate("generic", predicted, f"functions that read the {nnz} weights")
+    if not constant:
+        reason = "code is generated for a SparseKernel whose values stay the same"
+        return generic, Estimate("baked", None, reason)
+    return generic, cuda_costs.baked_estimate(*sizes)
 
 
 def nonzeros(w: tf.Tensor) -> int | None:
@@ -214,8 +226,7 @@ def nonzeros(w: tf.Tensor) -> int | None:
     del w
 
 
-def finish_compiling() -> None:
-    """Returns at once: what is compiled is compiled by the call that needs it."""
+finish_compiling = cuda_baked.finish_compiling
 
 
 def _gather_run(
@@ -248,6 +259,30 @@ def _gather_run(
         return write
 
     return run
+
+
+def _baked_code(
+    pass_name: str, gather: Gather, pattern: Pattern, dtype: tf.DType, place: Place
+) -> BakedCode:
+    """The generated code of a pass, kept with the pattern."""
+    # Weak, so that the memory is freed with the pattern's last reference.
+    reference = weakref.ref(pattern)
+
+    def rows() -> Rows | None:
+        known = reference()
+        if known is None:
+            return None
+        return known.fprop_rows() if pass_name == "fprop" else known.dgrad_rows(gather)
+
+    block = choose_baked_block(gather, dtype.name, pattern.nnz, limits(place)).block
+    return pattern.cached(
+        ("cuda baked", pass_name, gather, dtype, place),
+        lambda: BakedCode(gather, rows, dtype, block, place),
+    )
+
+
+def _baked_operands(gather: Gather, place: Place) -> Operands:
+    return {"origins": _origins(gather, place)} if needs_origins(gather) else {}
 
 
 def _known_memory(tensor: tf.Tensor) -> Memory:

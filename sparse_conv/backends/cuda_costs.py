@@ -10,7 +10,8 @@ import functools
 import tensorflow as tf
 
 from sparse_conv import costs, plan
-from sparse_conv.costs import Machine
+from sparse_conv.baked_plan import choose_baked_block
+from sparse_conv.costs import Estimate, Machine
 from sparse_conv.costs.terms import gather_of, sparse_terms
 from sparse_conv.problem import Problem
 from sparse_conv.tiling import DeviceLimits
@@ -29,6 +30,26 @@ def generic_microseconds(
     terms = generic_terms(pass_name, problem, dtype, nnz, limits, machine)
     predicted = costs.microseconds(machine, f"generic {pass_name}", terms)
     return predicted * costs.dtype_factor(machine, "generic", dtype)
+
+
+def baked_estimate(
+    pass_name: str,
+    problem: Problem,
+    dtype: str,
+    nnz: int,
+    limits: DeviceLimits,
+    machine: Machine,
+) -> Estimate:
+    """The predicted time of one pass by generated code, or why there is none."""
+    if pass_name == "wgrad":
+        return Estimate("baked", None, "the gradient to the kernel has no weights")
+    gather = gather_of(pass_name, problem)
+    choice = choose_baked_block(gather, dtype, nnz, limits)
+    if choice.block is None:
+        return Estimate("baked", None, choice.reason)
+    terms = {"call": 1.0, "clocks": choice.clocks / 1e3}
+    predicted = costs.microseconds(machine, f"baked {pass_name}", terms)
+    return Estimate("baked", predicted, choice.reason)
 
 
 def generic_terms(

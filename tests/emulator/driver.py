@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sparse_conv import jit
 from sparse_conv.launch import Launch
 from tests.emulator.build import EmulationError, build_emulator, build_function
 
@@ -96,7 +97,8 @@ class _Part:
 
 def _request(task: Task, file: BinaryIO) -> _Part:
     launch = task.launch
-    library = build_function(launch.function, launch.defines, task.text)
+    text = task.text or jit.source(launch.function, launch.code)
+    library = build_function(launch.function, launch.defines, text)
     arrays = {name: array for name, array in task.arrays.items() if array is not None}
     unknown = (set(arrays) | set(task.outputs)) - set(launch.pointers)
     if unknown or task.order not in ORDERS:

@@ -1,0 +1,261 @@
+"""Code that is generated for one kernel agrees with the definition, and compiles.
+
+The emulator runs it on the CPU; NVRTC compiles it for every architecture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from sparse_conv import baked, baked_plan, jit
+from sparse_conv.activations import get as get_activation
+from sparse_conv.baked import BakedBlock, BakedConfig
+from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
+from sparse_conv.launch import Launch
+from sparse_conv.pattern import Rows
+from sparse_conv.problem import Problem
+from tests.emulated_passes import LARGE_GPU, SMALL_GPU, Call, run_calls
+from tests.problems import DTYPES, FEW_PROBLEMS, PROBLEMS, Data, make, make_data
+from tests.reference import conv2d_reference, dgrad_reference
+from tests.test_kernels_compile import architectures, compile_text
+from tests.tolerance import assert_exact, assert_within, error_bound
+
+FLOATS = tuple(dtype for dtype in DTYPES if dtype != "int32")
+# Two parts and two chunks at least, tails along every dimension.
+SMALL = BakedConfig(outputs=4, warps=2, resident=1, tile_h=3, tile_w=10, chunk=4)
+# All outputs in one part, all channels in one chunk.
+WHOLE = BakedConfig(outputs=64, warps=1, resident=1, tile_h=4, tile_w=8, chunk=2**20)
+# Every kind of stride, dilation and padding, groups, both layouts.
+VARIED = [problem for problem in PROBLEMS if 0 not in problem.input_shape][::5]
+
+
+def fitted(config: BakedConfig, gather: Gather) -> BakedConfig:
+    """A configuration with no more outputs and channels than there are."""
+    return dataclasses.replace(
+        config,
+        outputs=min(config.outputs, gather.out_channels // gather.groups),
+        chunk=min(config.chunk, gather.in_channels // gather.groups),
+    )
+
+
+def baked_calls(
+    gather: Gather,
+    rows: Rows,
+    values: np.ndarray,
+    read: np.ndarray,
+    shape: tuple[int, ...],
+    dtype: str,
+    block: BakedBlock,
+    bias: np.ndarray | None = None,
+    activation: int = 0,
+) -> list[Call]:
+    """The calls of one pass, each of which writes a part of the result."""
+    origins = np.array([*gather.h.origins, *gather.w.origins], np.int32)
+    arrays = {
+        "read": read,
+        "bias": bias,
+        "origins": origins if baked.needs_origins(gather) else None,
+        "write": np.empty(shape, DTYPES[dtype]),
+    }
+    return [
+        Call(
+            baked.baked_launch(gather, dtype, block, function, activation),
+            arrays,
+            ("write",),
+        )
+        for function in baked.bake(gather, rows, values, dtype, block)
+    ]
+
+
+def run_baked(calls: list[Call], text: str | None = None) -> np.ndarray:
+    """The result of a pass; each of its numbers is written by one call alone."""
+    parts = [result["write"] for result in run_calls(calls, text)]
+    result = parts[0]
+    for part in parts[1:]:
+        # What isn't written is NaN.
+        written = ~np.isnan(part.astype(np.float64))
+        assert np.isnan(result[written].astype(np.float64)).all()
+        result = np.where(written, part, result)
+    return result
+
+
+def fprop_calls(
+    problem: Problem, data: Data, dtype: str, config: BakedConfig, **options
+) -> list[Call]:
+    gather = fprop_gather(problem)
+    block = baked.make_baked_block(gather, dtype, fitted(config, gather), LARGE_GPU)
+    return baked_calls(
+        gather, data.pattern.fprop_rows(), data.values, data.x, problem.output_shape,
+        dtype, block, **options,
+    )  # fmt: skip
+
+
+def dgrad_calls(
+    problem: Problem, data: Data, dtype: str, config: BakedConfig
+) -> list[Call]:
+    gather = dgrad_gather(problem)
+    block = baked.make_baked_block(gather, dtype, fitted(config, gather), LARGE_GPU)
+    return baked_calls(
+        gather, data.pattern.dgrad_rows(gather), data.values, data.dy,
+        problem.input_shape, dtype, block,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [SMALL, WHOLE], ids=["small", "whole"])
+@pytest.mark.parametrize("problem", VARIED, ids=str)
+def test_both_passes_are_exact(problem, config):
+    if 0 in problem.output_shape:
+        pytest.skip("nothing is written, so that no code is generated")
+    data = make_data(problem, "float32", 0.4, whole=True)
+    got = run_baked(fprop_calls(problem, data, "float32", config))
+    assert_exact(got, conv2d_reference(data.x, data.dense, problem), "fprop")
+    got = run_baked(dgrad_calls(problem, data, "float32", config))
+    assert_exact(got, dgrad_reference(data.dy, data.dense, problem), "dgrad")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("problem", FEW_PROBLEMS, ids=str)
+def test_every_dtype_is_as_exact_as_rounding_allows(problem, dtype):
+    data = make_data(problem, dtype, 0.5, whole=False)
+    got = run_baked(fprop_calls(problem, data, dtype, SMALL))
+    exact = conv2d_reference(data.x, data.dense, problem)
+    size = conv2d_reference(abs(data.x), abs(data.dense), problem)
+    terms = problem.r * problem.s * problem.group_channels
+    assert_within(got, exact, error_bound(dtype, exact, size, terms), dtype)
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_empty_and_full_kernels(density):
+    problem = make((1, 6, 7, 4), (3, 3, 4, 6))
+    data = make_data(problem, "float32", density, whole=True)
+    got = run_baked(fprop_calls(problem, data, "float32", WHOLE))
+    assert_exact(got, conv2d_reference(data.x, data.dense, problem), "fprop")
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("name", [None, "relu", "elu", "gelu"])
+def test_bias_and_activation(name, layout):
+    problem = make((2, 5, 9, 3), (3, 3, 3, 8), data_format=layout)
+    data = make_data(problem, "float32", 0.5, whole=False)
+    activation = get_activation(name)
+    calls = fprop_calls(
+        problem, data, "float32", WHOLE, bias=data.bias, activation=activation.code
+    )
+    shape = (-1,) if layout == "NHWC" else (-1, 1, 1)
+    bias = data.bias.astype(np.float64).reshape(shape)
+    exact = conv2d_reference(data.x, data.dense, problem) + bias
+    expected = np.asarray(activation.function(exact))
+    np.testing.assert_allclose(run_baked(calls), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_may_be_divided_among_functions(monkeypatch):
+    monkeypatch.setattr(baked, "FUNCTION_PRODUCTS", 40)
+    problem = make((2, 7, 9, 8), (3, 3, 4, 12))
+    data = make_data(problem, "float32", 0.5, whole=True)
+    calls = fprop_calls(problem, data, "float32", SMALL)
+    assert len(calls) > 1
+    exact = conv2d_reference(data.x, data.dense, problem)
+    assert_exact(run_baked(calls), exact, "fprop")
+
+
+@pytest.mark.parametrize("problem", FEW_PROBLEMS, ids=str)
+def test_what_the_plan_chooses_is_exact(problem):
+    gather = fprop_gather(problem)
+    data = make_data(problem, "float32", 0.5, whole=True)
+    exact = conv2d_reference(data.x, data.dense, problem)
+    for device in (SMALL_GPU, LARGE_GPU):
+        choice = baked_plan.choose_baked_block(
+            gather, "float32", data.pattern.nnz, device
+        )
+        if choice.block is None:
+            assert problem.k // problem.groups < baked_plan.LEAST_OUTPUTS
+            continue
+        calls = baked_calls(
+            gather, data.pattern.fprop_rows(), data.values, data.x,
+            problem.output_shape, "float32", choice.block,
+        )  # fmt: skip
+        assert_exact(run_baked(calls), exact, str(choice.block.config))
+
+
+# What can differ in the text around the generated code.
+COMPILED = [
+    (dtype, layout, channels, chunk)
+    for dtype in FLOATS
+    for layout, channels, chunk in (
+        ("NHWC", 8, 8), ("NHWC", 8, 4), ("NHWC", 3, 3), ("NCHW", 5, 2),
+    )
+]  # fmt: skip
+
+
+@functools.cache
+def sample(dtype: str, layout: str, channels: int, chunk: int) -> Launch:
+    problem = make((2, 9, 9, channels), (3, 3, channels, 16), data_format=layout)
+    data = make_data(problem, dtype, 0.5, whole=True)
+    config = dataclasses.replace(WHOLE, warps=4, resident=2, chunk=chunk)
+    return fprop_calls(problem, data, dtype, config)[0].launch
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: "-".join(map(str, case)))
+def test_compiles_for_every_architecture(case):
+    launch = sample(*case)
+    text = jit.source(launch.function, launch.code)
+    every = architectures()
+    number = COMPILED.index(case)
+    # The text is the same for all: the oldest, the newest and one that takes turns.
+    for architecture in sorted({every[0], every[-1], every[number % len(every)]}):
+        options = [*jit.options(launch.defines), f"-arch=sm_{architecture}"]
+        status, log = compile_text(text, "conv2d_baked.cu", options)
+        assert status == 0, log
+
+
+def test_the_sample_compiles_by_itself():
+    options = [*jit.options(()), f"-arch=sm_{architectures()[-1]}"]
+    status, log = compile_text(jit.source("conv2d_baked"), "conv2d_baked.cu", options)
+    assert status == 0, log
+
+
+def test_64_sums_stay_in_registers():
+    problem = make((1, 16, 64, 3), (5, 5, 3, 64))
+    data = make_data(problem, "float32", 0.2, whole=False)
+    config = BakedConfig(64, 8, 3, 8, 32, 3)
+    launch = fprop_calls(problem, data, "float32", config)[0].launch
+    options = [*jit.options(launch.defines), "-arch=sm_90", "--ptxas-options=-v"]
+    text = jit.source(launch.function, launch.code)
+    status, log = compile_text(text, "conv2d_baked.cu", options)
+    assert status == 0, log
+    assert "0 bytes spill stores" in log, log
+
+
+def test_refusals_name_their_reason():
+    def reason(problem, dtype="float32", nnz=100):
+        gather = fprop_gather(problem)
+        choice = baked_plan.choose_baked_block(gather, dtype, nnz, LARGE_GPU)
+        assert choice.block is None
+        return choice.reason
+
+    problem = make((1, 9, 9, 8), (3, 3, 8, 8))
+    assert "floats only" in reason(problem, dtype="int32")
+    assert "too long to compile" in reason(problem, nnz=10**6)
+    few = make((1, 9, 9, 8), (3, 3, 8, 3))
+    assert "at least 4 output channels" in reason(few)
+
+
+def test_the_choice_fits_the_gpu_and_covers_every_output():
+    for problem in (
+        make((1, 256, 512, 3), (11, 11, 3, 64)),
+        make((32, 56, 56, 64), (3, 3, 64, 64)),
+        make((1, 7, 7, 512), (3, 3, 512, 64)),
+        make((1, 32, 32, 3), (11, 11, 3, 64), data_format="NCHW"),
+    ):
+        gather = fprop_gather(problem)
+        nnz = problem.r * problem.s * problem.c * problem.k // 10
+        choice = baked_plan.choose_baked_block(gather, "float32", nnz, LARGE_GPU)
+        block, config = choice.block, choice.block.config
+        assert block.shared_mem_bytes <= LARGE_GPU.shared_mem_bytes
+        assert config.outputs * block.group_parts >= problem.k
+        assert config.tile_h * config.tile_w <= 32 * config.warps
+        assert config.chunk * block.chunks >= problem.c

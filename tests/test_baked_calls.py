@@ -1,0 +1,172 @@
+"""When code is generated for a kernel, for which values, and what serves meanwhile.
+
+The rules are tested without a GPU; on one, the whole way of a call.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import sparse_conv
+from sparse_conv.backends import cuda_baked
+from sparse_conv.backends.cuda_baked import BakedCode
+from sparse_conv.bridge import HOST, Memory
+from tests.conftest import skip_unless_usable
+from tests.problems import make, make_data
+from tests.reference import conv2d_reference, dgrad_reference
+
+
+class Rows:
+    """Stands in for a pattern's rows: a kernel that exists."""
+
+
+@pytest.fixture
+def code(monkeypatch) -> BakedCode:
+    """Code whose compiler is replaced by one that names the values it compiled."""
+
+    def compile_values(reference, values):
+        return [float(values[0])]
+
+    def memory(tensor):
+        # The same numbers are the same memory, as for a tensor that a graph hands over.
+        return Memory(int(tensor[0]) + 1, tensor)
+
+    monkeypatch.setattr(cuda_baked, "_compile", compile_values)
+    monkeypatch.setattr(cuda_baked, "_memory", memory)
+    return BakedCode(None, Rows, tf.float32, None, HOST)
+
+
+def test_code_is_generated_for_values_that_are_used_again(code):
+    values = tf.constant([7.0])
+    assert code.loaded(values, waits=False) is None
+    assert code.loaded(values, waits=False) is None
+    code.loaded(values, waits=False)
+    cuda_baked.finish_compiling()
+    assert code.loaded(values, waits=False) == [7.0]
+
+
+def test_a_forced_algorithm_waits_for_the_compiler(code):
+    assert code.loaded(tf.constant([7.0]), waits=True) == [7.0]
+
+
+def test_the_same_memory_in_another_tensor_is_the_same_kernel(code):
+    code.loaded(tf.constant([7.0]), waits=True)
+    assert code.loaded(tf.constant([7.0]), waits=False) == [7.0]
+
+
+def test_other_values_never_meet_old_code(code):
+    code.loaded(tf.constant([7.0]), waits=True)
+    for number in range(10):
+        assert code.loaded(tf.constant([float(number)]), waits=False) is None
+    assert code.loaded(tf.constant([3.0]), waits=True) == [3.0]
+
+
+def test_threads_with_different_values(code):
+    def use(number: float, wrong: list) -> None:
+        values = tf.constant([number])
+        for _ in range(200):
+            if code.loaded(values, waits=True) != [number]:
+                wrong.append(number)
+
+    wrong: list[float] = []
+    threads = [threading.Thread(target=use, args=(float(n), wrong)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_kernel_that_no_longer_exists_is_not_compiled():
+    assert cuda_baked._compile(lambda: None, tf.constant([1.0])) == []
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    skip_unless_usable("cuda")
+    with tf.device("/GPU:0"):
+        yield
+
+
+PROBLEM = make((2, 17, 19, 8), (3, 3, 8, 16))
+
+
+def exact_data(dtype: str = "float32"):
+    return make_data(PROBLEM, dtype, 0.3, whole=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_forced_code_computes_the_convolution(gpu, dtype):
+    data = exact_data(dtype)
+    kernel = sparse_conv.SparseKernel.from_dense(data.dense)
+    y = sparse_conv.conv2d(
+        tf.constant(data.x), kernel, 1, "SAME", bias=data.bias, activation="relu",
+        algorithm="baked",
+    )  # fmt: skip
+    exact = conv2d_reference(data.x, data.dense, PROBLEM) + data.bias.astype(float)
+    expected = np.maximum(exact, 0).astype(data.x.dtype)
+    np.testing.assert_array_equal(y.numpy(), expected)
+
+
+@pytest.mark.gpu
+def test_first_calls_and_later_ones_agree(gpu):
+    data = exact_data()
+    kernel = sparse_conv.SparseKernel.from_dense(data.dense)
+    x = tf.constant(data.x)
+    expected = conv2d_reference(data.x, data.dense, PROBLEM)
+    run = tf.function(lambda x: sparse_conv.conv2d(x, kernel, 1, "SAME"))
+    for _ in range(5):
+        np.testing.assert_array_equal(
+            sparse_conv.conv2d(x, kernel, 1, "SAME").numpy(), expected
+        )
+        np.testing.assert_array_equal(run(x).numpy(), expected)
+        cuda_baked.finish_compiling()
+
+
+@pytest.mark.gpu
+def test_gradient_to_the_input(gpu):
+    data = exact_data()
+    kernel = sparse_conv.SparseKernel.from_dense(data.dense)
+    x = tf.constant(data.x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = sparse_conv.conv2d(x, kernel, 1, "SAME", algorithm="auto")
+    dx = tape.gradient(y, x, output_gradients=tf.constant(data.dy))
+    np.testing.assert_array_equal(
+        dx.numpy(), dgrad_reference(data.dy, data.dense, PROBLEM)
+    )
+
+
+@pytest.mark.gpu
+def test_a_trainable_kernel_is_refused_with_the_reason(gpu):
+    data = exact_data()
+    kernel = sparse_conv.SparseKernel.from_dense(data.dense, trainable=True)
+    with pytest.raises(NotImplementedError, match="values stay the same"):
+        sparse_conv.conv2d(tf.constant(data.x), kernel, 1, "SAME", algorithm="baked")
+
+
+@pytest.mark.gpu
+def test_restored_values_get_code_of_their_own(gpu):
+    data = exact_data()
+    kernel = sparse_conv.SparseKernel.from_dense(data.dense)
+    x = tf.constant(data.x)
+    before = sparse_conv.conv2d(x, kernel, 1, "SAME", algorithm="baked")
+    kernel.restore_values(2 * kernel.values)
+    after = sparse_conv.conv2d(x, kernel, 1, "SAME", algorithm="baked")
+    np.testing.assert_array_equal(after.numpy(), 2 * before.numpy())
+
+
+@pytest.mark.gpu
+def test_prepare_compiles_ahead(gpu):
+    data = exact_data()
+    kernel = sparse_conv.SparseKernel.from_dense(data.dense)
+    explanation = kernel.prepare(
+        data.x.shape, 1, "SAME", algorithm="baked", passes=("fprop",)
+    )
+    assert explanation.passes[0].algorithm == "baked"
+    assert not cuda_baked._pending
