@@ -61,6 +61,11 @@ struct Arguments {
     // Whether QUAD channels are stored at a time: they lie side by side, aligned, and
     // the activation is none or relu.
     int quads;
+    // Blocks from number `late_block` on start `delay` nanoseconds later. Blocks that
+    // share a multiprocessor would otherwise load together, and store together, while
+    // nobody uses the shared memory that bounds them.
+    int late_block;
+    int delay;
     Steps steps;
 };
 
@@ -347,6 +352,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) conv2d_gather(const Argumen
 
     find_windows(a, shared, set / geometry.w.row_sets, set % geometry.w.row_sets,
                  block % a.subtile_groups, group * geometry.group_in);
+    if (blockIdx.x >= static_cast<unsigned>(a.late_block)) pause(a.delay);
 
     int places[POSITIONS];
 #pragma unroll

@@ -25,6 +25,9 @@ extern "C" __device__ const char sparse_conv_marker = 1;
 
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
 
+// Lets other warps work for about so many nanoseconds.
+__device__ __forceinline__ void pause(int nanoseconds) { __nanosleep(nanoseconds); }
+
 __device__ __forceinline__ float half_to_float(unsigned short half) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));

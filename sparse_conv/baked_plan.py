@@ -46,8 +46,10 @@ _CHUNK_LOADS = 3
 _CHUNK_CLOCKS = 700
 # Bytes of memory a clock, of one multiprocessor.
 _MEMORY_RATE = 9.8
-# Arithmetic takes so much longer where registers are too few to load ahead.
-_CROWDED = 1.15
+# Computation takes so much longer where registers are too few to load vectors ahead.
+_CROWDED = 1.3
+# Of a multiprocessor's warps, so that a thread has registers beside its own.
+_COMFORTABLE_SUMS = 1024
 # The part of the shorter of two times that the longer one can't hide: of arithmetic and
 # loads from shared memory in one block, and of computation and memory by the number of
 # resident blocks.
@@ -203,7 +205,8 @@ def baked_clocks(
         alone,
         _fetch_clocks(code, rounds, block),
     )
-    if block.chunks > 1 and config.outputs * config.warps * config.resident > 1024:
+    sums = config.outputs * config.warps * config.resident
+    if tile.vector > 1 and sums > _COMFORTABLE_SUMS:
         computing *= _CROWDED
     waves = -(-rounds // config.resident)
     computing += waves * block.chunks * _CHUNK_CLOCKS

@@ -32,6 +32,7 @@ from sparse_conv.tiling import (
     choose_block,
     choose_wgrad_block,
     direct_clocks,
+    first_late_block,
     make_block,
     make_wgrad_block,
     memory_steps,
@@ -60,6 +61,8 @@ DIRECT_THREADS = 256
 COMPRESS_THREADS = 1024
 # Positions of a lane that conv2d_wgrad.cu is compiled for.
 WGRAD_POSITIONS = 4
+# By how much the second of two blocks is delayed, see `tiling.first_late_block`.
+DELAY_NS = 6000
 # The most bytes of partial sums that wgrad keeps.
 WORKSPACE_BYTES = 64 * 2**20
 
@@ -171,11 +174,12 @@ def gather_launch(
             )
     if block is None or not _outputs(gather):
         return _direct_gather_launch(gather, dtype, activation, device)
-    return _tiled_gather_launch(gather, dtype, activation, block)
+    late_block = first_late_block(gather, dtype, nnz, block, device)
+    return _tiled_gather_launch(gather, dtype, activation, block, late_block)
 
 
 def _tiled_gather_launch(
-    gather: Gather, dtype: str, activation: int, block: Block
+    gather: Gather, dtype: str, activation: int, block: Block, late_block: int
 ) -> Launch:
     config = block.config
     channels_last = gather.data_format == "NHWC"
@@ -203,6 +207,8 @@ def _tiled_gather_launch(
         stage_pitch(config.block_rows, quads),
         block.stage_positions,
         int(quads),
+        late_block,
+        DELAY_NS,
         *memory_steps(gather),
     )
     return Launch(

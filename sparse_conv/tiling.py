@@ -37,6 +37,8 @@ MAX_WARPS = 8
 RESIDENT_THREADS = 512
 # Packs that a thread loads at a time; as in tile.cuh.
 LOADS = 3
+# What a launch must take to be worth a delay of some of its blocks.
+_LONG_CLOCKS = 80_000
 # Entries that a warp of conv2d_gather stages at a time.
 STAGED = 2 * WARP
 # Shared memory that a block takes beside what it asks for.
@@ -480,6 +482,25 @@ def model_clocks(
     start = chunks * packs / (config.warps * WARP) * 20 + 2500
     clocks = full * max(resident * shared + start, alone)
     return clocks + (max(last * shared + start, alone) if rest else 0)
+
+
+def first_late_block(
+    gather: Gather, dtype: str, nnz: int, block: Block, device: DeviceLimits
+) -> int:
+    """The first block that starts late, so that two don't load and store together.
+
+    It pays where there is one wave of blocks, two to a multiprocessor, that compute for
+    long: 61 instead of 64 us for 11x11, 3 to 64 channels, 256x512, on an H100, delayed
+    by 6 us, and nothing gained by 2 us or lost by 9 us.
+
+    Returns:
+        Its number; beyond the last block where none is late.
+    """
+    alone = device.multiprocessors
+    if not alone < block.blocks <= 2 * alone:
+        return GRID_LIMIT
+    clocks = model_clocks(gather, dtype, nnz, block, device)
+    return alone if clocks > _LONG_CLOCKS else GRID_LIMIT
 
 
 def direct_clocks(gather: Gather, nnz: int, device: DeviceLimits) -> float:

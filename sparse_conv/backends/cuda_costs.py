@@ -63,10 +63,13 @@ def generic_terms(
     """The amounts that the model of a pass weighs.
 
     Returns:
-        "call" (1), and for fprop and dgrad "clocks" (thousands), for wgrad the amounts
-        of `sparse_terms`.
+        "call" (1), and for fprop and dgrad "clocks" (thousands) and "memory"
+        (megabytes read and written, divided among the multiprocessors), for wgrad the
+        amounts of `sparse_terms`.
     """
     if pass_name == "wgrad":
         return sparse_terms(pass_name, problem, nnz, tf.as_dtype(dtype).size, machine)
     clocks = plan.gather_clocks(gather_of(pass_name, problem), dtype, nnz, limits)
-    return {"call": 1.0, "clocks": clocks / 1e3}
+    amounts = sparse_terms(pass_name, problem, nnz, tf.as_dtype(dtype).size, machine)
+    memory = amounts["read"] + amounts["write"]
+    return {"call": 1.0, "clocks": clocks / 1e3, "memory": memory}

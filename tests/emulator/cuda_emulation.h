@@ -147,6 +147,8 @@ void __stcg(T* address, T value) {
     *address = value;
 }
 
+inline void pause(int) {}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
