@@ -1,0 +1,50 @@
+"""Times of a row set against each other, both taken by one method.
+
+Knows the entries of a row. Measures nothing and draws nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+KINDS = ("device_us", "call_us")
+
+
+def median_us(row: dict[str, Any], side: str, kind: str) -> float | None:
+    """A contender's median time; None if it has none of that kind."""
+    times = row["sides"].get(side, {}).get(kind)
+    return None if times is None else times["median"]
+
+
+def kind_of(rows: Iterable[dict[str, Any]]) -> str:
+    """The kind of time that ratios are made of: the device's where it was measured."""
+    on_gpu = any(
+        "device_us" in entry for row in rows for entry in row["sides"].values()
+    )
+    return "device_us" if on_gpu else "call_us"
+
+
+def ratio(row: dict[str, Any], side: str, kind: str) -> float | None:
+    """How many times as long a contender takes as ours; None if either has no time."""
+    theirs, ours = median_us(row, side, kind), median_us(row, "ours", kind)
+    return None if theirs is None or ours is None else theirs / ours
+
+
+def ratio_spread(row: dict[str, Any], side: str, kind: str) -> tuple[float, float]:
+    """The ratio with the quartiles at their least and at their most favourable."""
+    theirs, ours = row["sides"][side][kind], row["sides"]["ours"][kind]
+    return theirs["q1"] / ours["q3"], theirs["q3"] / ours["q1"]
+
+
+def floor_fraction(row: dict[str, Any], kind: str) -> float | None:
+    """The part of our time that the device needs at least."""
+    ours = median_us(row, "ours", kind)
+    return None if ours is None else row["floor_us"] / ours
+
+
+def geometric_mean(numbers: Iterable[float | None]) -> float | None:
+    """The geometric mean of those that are there; None if none is."""
+    logs = [math.log(number) for number in numbers if number is not None]
+    return math.exp(sum(logs) / len(logs)) if logs else None

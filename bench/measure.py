@@ -1,0 +1,184 @@
+"""One row of the results: a case, its contenders checked, then timed.
+
+A contender whose result is wrong gets no time; its row says why. So does one whose
+device time can't be had. Times of one row were taken in turns, by one method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench import check
+from bench.cases import Case, useful_fmas
+from bench.gate import Gate, GateError
+from bench.machine import Target
+from bench.sides import (
+    Side,
+    dense_sides,
+    enqueuer,
+    make_operands,
+    naive_side,
+    our_side,
+    replays,
+    tensor_float_32,
+    why_not_naive,
+)
+from bench.timing import Effort, Quartiles, Sampler, call_sampler, in_turns
+
+Row = dict[str, Any]
+# Tells the user what is being done.
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all rows of a run share.
+
+    Attributes:
+        target: The device.
+        gate: Its gate; None on a CPU.
+        effort: How long each contender is sampled.
+        algorithm: The algorithm of ours.
+    """
+
+    target: Target
+    gate: Gate | None
+    effort: Effort
+    algorithm: str
+
+
+def measure(case: Case, bench: Bench, report: Report) -> Row:
+    """Measures all contenders on a case.
+
+    Args:
+        case: The convolution.
+        bench: What all rows share.
+        report: Is told each step.
+
+    Returns:
+        The row, ready for JSON.
+    """
+    report("inputs")
+    kernel = case.kernel()
+    fmas = useful_fmas(case, kernel)
+    operands = make_operands(case, kernel, bench.target)
+    row = begin_row(case, fmas, bench.target)
+    sides = []
+    report("compiling")
+    try:
+        sides.append(our_side(case, operands, bench.target, bench.algorithm))
+    except NotImplementedError as error:
+        row["sides"]["ours"] = {"refused": str(error)}
+    sides += dense_sides(case, operands, bench.target)
+    refusal = why_not_naive(case, fmas, bench.target)
+    if refusal is None:
+        sides.append(naive_side(case, operands, bench.target))
+    else:
+        row["sides"]["naive"] = {"refused": refusal}
+    fill_row(row, sides, len(operands.inputs), bench, report)
+    return row
+
+
+def begin_row(case: Case, fmas: int, target: Target) -> Row:
+    """A row without contenders: what was computed, and how fast that could be at all.
+
+    The floor is the time that the device needs at least: to read the input and write the
+    output once, or to do the FMAs that are not with zeros, whichever is longer.
+    """
+    bytes_us = case.io_bytes / target.bandwidth * 1e6
+    fmas_us = fmas / target.peak * 1e6
+    return {
+        "key": str(case),
+        "case": asdict(case),
+        "shape": case.shape_text,
+        "useful_fmas": fmas,
+        "io_bytes": case.io_bytes,
+        "floor_us": max(bytes_us, fmas_us),
+        "floor_is": "bytes" if bytes_us >= fmas_us else "FMAs",
+        "sides": {},
+    }
+
+
+def fill_row(
+    row: Row, sides: list[Side], rotation: int, bench: Bench, report: Report
+) -> None:
+    """Checks the contenders and adds the times of those that are right.
+
+    Args:
+        row: What `begin_row` made.
+        sides: The contenders.
+        rotation: How many inputs take turns.
+        bench: What all rows share.
+        report: Is told each step.
+    """
+    right = []
+    for side in sides:
+        report(f"checking {side.name}")
+        entry, refusal = checked(side)
+        row["sides"][side.name] = entry
+        if refusal is None:
+            right.append(side)
+    report("timing calls")
+    calls = {side.name: _call_sampler(side, rotation) for side in right}
+    for name, quartiles in in_turns(calls, bench.effort).items():
+        row["sides"][name]["call_us"] = quartiles.as_dict()
+    if bench.gate is not None:
+        report("timing the device")
+        times = device_times(row, right, bench, rotation)
+        for name, quartiles in times.items():
+            row["sides"][name]["device_us"] = quartiles.as_dict()
+
+
+def checked(side: Side) -> tuple[dict[str, Any], str | None]:
+    """A contender's entry without times, and why it gets none (None if it does)."""
+    with tensor_float_32(side.tf32):
+        error = side.error(side.call(0))
+    refusal = check.verdict(error, side.limit)
+    entry = {
+        **side.facts,
+        # JSON has neither NaN nor infinity; the refusal tells them.
+        "error": error if math.isfinite(error) else None,
+        "error_limit": side.limit,
+        "tf32": side.tf32,
+    }
+    if refusal is not None:
+        entry["refused"] = refusal
+    return entry, refusal
+
+
+def _call_sampler(side: Side, rotation: int) -> Sampler:
+    with tensor_float_32(side.tf32):
+        return _with_tf32(side, call_sampler(side.call, rotation))
+
+
+def _with_tf32(side: Side, sampler: Sampler) -> Sampler:
+    """`sampler` under the contender's setting of TF32."""
+
+    def sample() -> float:
+        with tensor_float_32(side.tf32):
+            return sampler.sample()
+
+    return Sampler(sample, sampler.calls)
+
+
+def device_times(
+    row: Row, sides: list[Side], bench: Bench, rotation: int
+) -> Mapping[str, Quartiles]:
+    """The device times of those contenders that have one."""
+    samplers = {}
+    for side in sides:
+        entry = row["sides"][side.name]
+        if side.name == "ours" and side.recorded is not None:
+            if not replays(side, bench.gate):
+                side.recorded = None
+        entry["enqueued"] = "calls" if side.recorded is None else "recorded launches"
+        try:
+            with tensor_float_32(side.tf32):
+                enqueue = enqueuer(side, bench.gate, rotation)
+                samplers[side.name] = _with_tf32(side, bench.gate.sampler(enqueue))
+        except GateError as error:
+            entry["no_device_time"] = str(error)
+    return in_turns(samplers, bench.effort)

@@ -1,0 +1,149 @@
+"""One run of a command: its device, its options, and the loop over what it measures.
+
+Knows the progress bar, the budget and where results go. Does not know what a row is.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tensorflow as tf
+from tqdm import tqdm
+
+from bench import machine
+from bench.gate import Gate
+from bench.machine import Target
+from bench.measure import Bench, Report, Row
+from bench.results import Results
+from bench.timing import Effort
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# Seconds for each contender and each kind of time.
+_SECONDS = {"GPU": 0.2, "CPU": 1.0}
+_QUICK = 0.1
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line.
+
+    Attributes:
+        out: The folder of the results; None for one named after the machine.
+        device: "cpu", "gpu", or None for the GPU if there is one.
+        quick: Few samples of few points, to see that all works.
+        only: Measures only what this regular expression finds something in.
+        threads: Threads of both sides on a CPU.
+        algorithm: The algorithm of ours.
+        dtypes: Of the layers.
+        budget: Seconds after which no new row is begun.
+        resume: Whether to keep rows that are there.
+    """
+
+    out: Path | None = None
+    device: str | None = None
+    quick: bool = False
+    only: str | None = None
+    threads: int | None = None
+    algorithm: str = "auto"
+    dtypes: tuple[str, ...] = ("float32",)
+    budget: float | None = None
+    resume: bool = False
+
+
+@dataclass(slots=True)
+class Session:
+    """What the commands of one process share.
+
+    Attributes:
+        options: The command line.
+        target: The device.
+        machine: Its description.
+        bench: What rows share.
+        out: The folder of the results.
+        begun: When the budget began to run.
+    """
+
+    options: Options
+    target: Target
+    machine: dict[str, Any]
+    bench: Bench
+    out: Path
+    begun: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def begin(cls, options: Options) -> Session:
+        """Chooses the device and measures how fast it can be.
+
+        Raises:
+            BenchError: The device asked for can't be used.
+            GateError: The GPU's driver can't tell device times.
+        """
+        begun = time.monotonic()
+        kind = machine.choose_device(options.device, options.threads)
+        target = machine.measure_target(kind)
+        described = machine.describe(target)
+        gate = Gate(target.place, target.cache_bytes) if target.on_gpu else None
+        seconds = _SECONDS[kind] * (_QUICK if options.quick else 1)
+        effort = Effort(seconds, fewest=2 if options.quick else 3)
+        out = options.out or RESULTS / machine.slug(described)
+        bench = Bench(target, gate, effort, options.algorithm)
+        return cls(options, target, described, bench, out, begun)
+
+    def results(self, command: str, **settings: Any) -> Results:
+        """The results of a command, begun or gone on with."""
+        options = self.options
+        common = {
+            "quick": options.quick,
+            "algorithm": options.algorithm,
+            "seconds_per_contender": self.bench.effort.seconds,
+            "tf32_default": self.machine["tf32_default"],
+        }
+        path = self.out / f"{command}.json"
+        return Results.begin(
+            path, command, common | settings, self.machine, resume=options.resume
+        )
+
+    def wanted(self, items: Iterable[_Item]) -> list[_Item]:
+        """Those items in whose names `--only` finds something."""
+        only = self.options.only
+        return [item for item in items if only is None or re.search(only, str(item))]
+
+    def over_budget(self) -> bool:
+        """Whether the budget is spent."""
+        budget = self.options.budget
+        return budget is not None and time.monotonic() - self.begun > budget
+
+    def fill(
+        self,
+        results: Results,
+        items: Iterable[_Item],
+        measure: Callable[[_Item, Report], Row],
+    ) -> None:
+        """Measures the items that have no row yet, and adds their rows.
+
+        Args:
+            results: Where the rows go.
+            items: What to measure; `str` of each is its key.
+            measure: Makes the row of an item.
+        """
+        missing = [item for item in self.wanted(items) if not results.has(str(item))]
+        results.write()
+        with tqdm(missing, unit="row", dynamic_ncols=True) as bar:
+            for number, item in enumerate(bar):
+                if self.over_budget():
+                    bar.write(
+                        f"the budget of {self.options.budget:g} s is spent, "
+                        f"{len(missing) - number} rows are missing; --resume goes on"
+                    )
+                    return
+                bar.set_description(str(item))
+                with tf.device(self.target.place.device):
+                    row = measure(item, lambda step: bar.set_postfix_str(step))
+                results.add(row)

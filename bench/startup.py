@@ -1,0 +1,83 @@
+"""`startup`: from a new process to the first result, and to the prepared kernel.
+
+Each point of the figures at density 0.1 is computed by two new processes with caches of
+their own (CUPY_CACHE_DIR, NUMBA_CACHE_DIR): the first finds them empty, the second finds
+what the first compiled. Importing TensorFlow and starting the device are not counted;
+TensorFlow's own first convolution is timed beside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from bench import BenchError, cases, ours, report
+from bench.cases import Case
+from bench.measure import Report, Row
+from bench.results import Results
+from bench.session import Session
+
+TEMPERATURES = ("cold", "warm")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(session: Session) -> Results:
+    """Measures the starts, and writes the table."""
+    points = [
+        case
+        for case in cases.figure_cases(on_gpu=session.target.on_gpu)
+        if case.density == 0.1
+    ]
+    if session.options.quick:
+        points = [point for point in points if point.h <= 32]
+    results = session.results("startup")
+    session.fill(results, points, lambda case, tell: _row(case, session, tell))
+    report.publish(results)
+    return results
+
+
+def _row(case: Case, session: Session, tell: Report) -> Row:
+    row = {"key": str(case), "case": asdict(case), "shape": case.shape_text}
+    with tempfile.TemporaryDirectory(prefix="sparse_conv_bench_") as folder:
+        for temperature in TEMPERATURES:
+            tell(temperature)
+            row[temperature] = _probe_in_new_process(case, session, folder)
+    return row
+
+
+def _probe_in_new_process(
+    case: Case, session: Session, folder: str
+) -> dict[str, Any]:
+    request = {
+        "case": asdict(case),
+        "device": session.target.kind,
+        "threads": session.options.threads,
+        "algorithm": session.options.algorithm,
+    }
+    environment = {
+        **os.environ,
+        "CUPY_CACHE_DIR": str(Path(folder, "cupy")),
+        "NUMBA_CACHE_DIR": str(Path(folder, "numba")),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        # The parent's TensorFlow has not left the GPU's memory to others.
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.startup", json.dumps(request)],
+        cwd=_ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise BenchError(f"a new process failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

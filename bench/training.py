@@ -1,0 +1,169 @@
+"""`training`: a step, forward and both gradients, eagerly, ours and TensorFlow's.
+
+The gradient of the output is given. Ours goes to the input and to the nonzeros of a
+SparseKernel; TensorFlow's to the input and to the whole dense kernel. Compared with the
+float64 gradients, the kernel's at the nonzeros alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from bench import cases, check, ours, report
+from bench.cases import Case, useful_fmas
+from bench.machine import Target
+from bench.measure import Bench, Report, Row, begin_row, fill_row
+from bench.results import Results
+from bench.session import Session
+from bench.sides import Side, record, rotation
+
+# The three passes do the useful FMAs once each, and so the floor counts them.
+PASSES = 3
+_Step = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What both sides compute a step with.
+
+    Attributes:
+        inputs: Equal shapes; steps take them in turns.
+        gradients: The output's gradient for each input.
+        dense: The kernel.
+        exact: The float64 output and gradients for the first input.
+    """
+
+    inputs: list[tf.Tensor]
+    gradients: list[tf.Tensor]
+    dense: tf.Tensor
+    exact: _Step
+
+
+def run(session: Session) -> Results:
+    """Measures the steps, and writes the table and the plot."""
+    steps = list(cases.training_cases(on_gpu=session.target.on_gpu))
+    if session.options.quick:
+        steps = [step for step in steps if step.h <= 14 and step.density == 0.1]
+    results = session.results("training")
+    session.fill(results, steps, lambda case, tell: _row(case, session.bench, tell))
+    report.publish(results)
+    return results
+
+
+def _row(case: Case, bench: Bench, tell: Report) -> Row:
+    tell("inputs")
+    kernel = case.kernel()
+    operands = _operands(case, kernel, bench.target)
+    fmas = PASSES * useful_fmas(case, kernel)
+    row = begin_row(case, fmas, bench.target)
+    # Input, output and both of their gradients.
+    row["floor_us"] = max(2 * row["io_bytes"] / bench.target.bandwidth * 1e6,
+                          fmas / bench.target.peak * 1e6)
+    tell("compiling")
+    sides = _sides(case, operands, bench)
+    fill_row(row, sides, len(operands.inputs), bench, tell)
+    return row
+
+
+def _operands(case: Case, kernel: np.ndarray, target: Target) -> Operands:
+    count = rotation(2 * case.io_bytes, target.cache_bytes, on_gpu=target.on_gpu)
+    x, dense = tf.constant(case.input()), tf.constant(kernel)
+    random = np.random.default_rng(3).standard_normal(case.output_shape, np.float32)
+    dy = tf.cast(tf.constant(random), x.dtype)
+    wide = [tf.cast(tensor, tf.float64) for tensor in (x, dense, dy)]
+    exact = _step(lambda x: tf.nn.conv2d(x, wide[1], 1, "SAME"), wide[0], *wide[1:])
+    return Operands(
+        [x, *(x + 0 for _ in range(count - 1))],
+        [dy, *(dy + 0 for _ in range(count - 1))],
+        dense,
+        exact,
+    )
+
+
+def _step(
+    convolve: Callable[[tf.Tensor], tf.Tensor],
+    x: tf.Tensor,
+    weights: Any,
+    dy: tf.Tensor,
+) -> _Step:
+    """The output, its gradient to the input, and its gradient to the weights."""
+    with tf.GradientTape() as tape:
+        tape.watch((x, weights))
+        y = convolve(x)
+    dx, dw = tape.gradient(y, (x, weights), output_gradients=dy)
+    return y, dx, dw
+
+
+def _sides(case: Case, operands: Operands, bench: Bench) -> list[Side]:
+    target = bench.target
+    # The longest sum is the kernel's gradient.
+    terms = max(case.n * case.h * case.w, case.taps**2 * max(case.c, case.k))
+    tf32 = target.on_gpu and case.dtype == "float32"
+
+    def limit(in_tf32: bool) -> float:
+        return check.limit(case.dtype, terms, tf32=in_tf32)
+
+    def dense_step(number: int) -> _Step:
+        turn = number % len(operands.inputs)
+        return _step(
+            lambda x: tf.nn.conv2d(x, operands.dense, 1, "SAME"),
+            operands.inputs[turn],
+            operands.dense,
+            operands.gradients[turn],
+        )
+
+    def dense_error(step: _Step) -> float:
+        return _error(step, operands)
+
+    sides = [
+        _our_side(operands, bench, limit),
+        Side("dense", dense_step, dense_error, True, limit(tf32)),
+    ]
+    if tf32:
+        sides.append(Side("dense_fp32", dense_step, dense_error, False, limit(False)))
+    return sides
+
+
+def _our_side(
+    operands: Operands, bench: Bench, limit: Callable[[bool], float]
+) -> Side:
+    first = operands.inputs[0]
+    prepared = ours.prepare(first, operands.dense, bench.algorithm, trainable=True)
+    kernel = prepared.kernel
+
+    def step(number: int) -> _Step:
+        turn = number % len(operands.inputs)
+        x, dy = operands.inputs[turn], operands.gradients[turn]
+        return _step(prepared, x, kernel.values, dy)
+
+    def error(step: _Step) -> float:
+        y, dx, dw = step
+        return _error((y, dx, kernel.with_values(dw).to_dense()), operands)
+
+    is_dense = bench.target.on_gpu and prepared.chosen == "dense"
+    facts = {"algorithm": prepared.chosen, "reason": prepared.reason}
+    side = Side("ours", step, error, True, limit(is_dense), facts)
+    if bench.target.on_gpu:
+        side.recorded = record(step, len(operands.inputs))
+    return side
+
+
+def _error(step: _Step, operands: Operands) -> float:
+    """The largest of the three errors; the kernel's where its weights are not zero."""
+    kept = operands.dense != 0
+    zero = tf.zeros((), tf.float64)
+    y, dx, dw = (tf.cast(tensor, tf.float64) for tensor in step)
+    exact_y, exact_dx, exact_dw = operands.exact
+    pairs = (
+        (y, exact_y),
+        (dx, exact_dx),
+        (tf.where(kept, dw, zero), tf.where(kept, exact_dw, zero)),
+    )
+    errors = [check.relative_error(result, exact) for result, exact in pairs]
+    # Unlike Python's, this maximum keeps a NaN.
+    return float(np.max(errors))
