@@ -39,6 +39,12 @@ HOST = Place("CPU", 0, "/job:localhost/replica:0/task:0/device:CPU:0")
 
 
 @functools.cache
+def gpu_place(index: int) -> Place:
+    """Where tensors on TensorFlow's GPU of that number live."""
+    return _parse(f"/job:localhost/replica:0/task:0/device:GPU:{index}")
+
+
+@functools.cache
 def _parse(device: str) -> Place:
     spec = tf.DeviceSpec.from_string(device)
     return Place(spec.device_type or "CPU", spec.device_index or 0, device)
@@ -87,7 +93,8 @@ def memory_of(tensor: tf.Tensor) -> Memory:
 
 
 @functools.lru_cache(maxsize=1024)
-def _shape_tensor(shape: tuple[int, ...]) -> tf.Tensor:
+def shape_tensor(shape: tuple[int, ...]) -> tf.Tensor:
+    """A shape as a tensor in host memory, which TensorFlow takes faster."""
     with tf.init_scope(), tf.device("/CPU:0"):
         return tf.constant(shape, tf.int32, shape=(len(shape),))
 
@@ -95,7 +102,7 @@ def _shape_tensor(shape: tuple[int, ...]) -> tf.Tensor:
 def empty(shape: tuple[int, ...], dtype: tf.DType, place: Place) -> tf.Tensor:
     """A tensor with arbitrary contents from the allocator of its device."""
     with tf.device(place.device):
-        return tf.raw_ops.Empty(shape=_shape_tensor(shape), dtype=dtype)
+        return tf.raw_ops.Empty(shape=shape_tensor(shape), dtype=dtype)
 
 
 def output(

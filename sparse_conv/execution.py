@@ -1,26 +1,39 @@
-"""One pass, run: straight away on eager tensors, by `tf.py_function` in a graph.
+"""One pass, run: straight away on eager tensors, or as a node of a graph.
 
 A Convolution remembers, for each shape and place it has met, a function that computes a
-pass there; a call that has been seen before costs one look-up. Knows how to find the
-back end and what a graph needs to know beforehand. Knows nothing of gradients, and
-nothing of what a back end does.
+pass there; a call that has been seen before costs one look-up. In a graph, that
+function runs in a `tf.py_function`, unless the dense algorithm is known to be chosen:
+that is TensorFlow's own operation. Knows how to find the back end and what a graph
+needs to know beforehand. Knows nothing of gradients, nor of what a back end does.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from sparse_conv import backends
-from sparse_conv.activations import Activation
-from sparse_conv.bridge import HOST, Place, place_of
-from sparse_conv.graph import call_in_graph
+from sparse_conv import backends, choice, dense
+from sparse_conv.activations import LINEAR, Activation
+from sparse_conv.bridge import HOST, Place, gpu_place, place_of
+from sparse_conv.choice import Choice, Question
+from sparse_conv.costs import Estimate
+from sparse_conv.graph import call_in_graph, chosen_device
+from sparse_conv.memo import Memo
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import Geometry, Problem, infer_output_shape, make_problem
 from sparse_conv.sparse_kernel import check_dtype
-from sparse_conv.tf_internals import shape_of
+from sparse_conv.tensor_cache import cached
+from sparse_conv.tf_internals import (
+    EagerTensor,
+    captured_tensor,
+    shape_of,
+    tensor_float_32_enabled,
+)
 
 
 class RuntimeShape(NamedTuple):
@@ -50,16 +63,24 @@ class Convolution:
         geometry: Strides, padding, dilations and layout.
         pattern: The kernel's pattern; None when the kernel is dense.
         backend: The back end asked for; None to choose.
+        algorithm: The algorithm asked for; "auto" to choose.
     """
 
     def __init__(
-        self, geometry: Geometry, pattern: Pattern | None, backend: str | None
+        self,
+        geometry: Geometry,
+        pattern: Pattern | None,
+        backend: str | None,
+        algorithm: str = "auto",
     ):
         backends.check_name(backend)
+        choice.check_name(algorithm)
         self.geometry = geometry
         self.pattern = pattern
         self.backend = backend
+        self.algorithm = algorithm
         self._runs: dict[Hashable, Run] = {}
+        self._measured: dict[Question, tuple[Estimate, ...]] = {}
 
     def kernel_shape(self, w_shape: Sequence[int]) -> tuple[int, int, int, int]:
         """The dense kernel's shape, given the shape of its values or of itself."""
@@ -70,6 +91,41 @@ class Convolution:
     ) -> Problem:
         """The Problem for an input of that shape."""
         return make_problem(input_shape, self.kernel_shape(w_shape), self.geometry)
+
+    def choose(
+        self,
+        pass_name: str,
+        problem: Problem,
+        dtype: tf.DType,
+        place: Place,
+        nnz: int | None,
+        backend: ModuleType,
+        traced: bool = False,
+    ) -> Choice:
+        """The algorithm of a pass, by what was measured for it or by the models."""
+        question = Question(
+            pass_name,
+            problem,
+            dtype,
+            place,
+            nnz,
+            self.pattern is not None,
+            tensor_float_32_enabled(),
+            traced,
+        )
+        measured = self._measured.get(question._replace(traced=False))
+        return choice.choose(question, backend, self.algorithm, measured)
+
+    def measured(self, question: Question) -> tuple[Estimate, ...] | None:
+        """What was measured for this very question; None if nothing was."""
+        return self._measured.get(question)
+
+    def keep_measured(
+        self, question: Question, estimates: tuple[Estimate, ...]
+    ) -> None:
+        """From now on, lets measured times decide where `question` is asked."""
+        self._measured[question] = estimates
+        self._runs = {}
 
     def remembered(self, key: Hashable, build: Callable[[], Run]) -> Run:
         """The function made for `key`, made now if it wasn't yet."""
@@ -103,7 +159,9 @@ def eager_fprop(
 ) -> tf.Tensor:
     """The forward pass on eager tensors."""
     operands = (x, w) if bias is None else (x, w, bias)
-    key = (activation.code, *map(_signature, operands))
+    # Which algorithm is the cheapest depends on TensorFlow's precision.
+    tf32 = tensor_float_32_enabled()
+    key = (activation.code, tf32, *map(_signature, operands))
     run = convolution.remembered(
         key, lambda: _build_fprop(convolution, operands, activation)
     )
@@ -116,7 +174,8 @@ def dgrad(
     """The gradient to the input; see `autodiff.dgrad` for the arguments."""
     if not tf.executing_eagerly():
         return _graph_dgrad(convolution, input_shape, dy, w)
-    key = ("dgrad", input_shape, _signature(dy), _signature(w))
+    tf32 = tensor_float_32_enabled()
+    key = ("dgrad", tf32, input_shape, _signature(dy), _signature(w))
     run = convolution.remembered(
         key, lambda: _build_dgrad(convolution, input_shape, (dy, w))
     )
@@ -129,7 +188,8 @@ def wgrad(
     """The gradient to the kernel; see `autodiff.wgrad` for the arguments."""
     if not tf.executing_eagerly():
         return _graph_wgrad(convolution, x, dy, kernel_shape)
-    key = ("wgrad", kernel_shape, _signature(x), _signature(dy))
+    tf32 = tensor_float_32_enabled()
+    key = ("wgrad", tf32, kernel_shape, _signature(x), _signature(dy))
     run = convolution.remembered(
         key, lambda: _build_wgrad(convolution, kernel_shape, (x, dy))
     )
@@ -181,6 +241,25 @@ def _signature(tensor: tf.Tensor) -> Hashable:
     return (shape_of(tensor), tensor.dtype, tensor.backing_device)
 
 
+class Pass(NamedTuple):
+    """One pass with all that decides how it is computed, but the algorithm.
+
+    Attributes:
+        name: "fprop", "dgrad" or "wgrad".
+        problem: The sizes; `dtype` is that of all operands, which live at `place`.
+        shape: The result's, with all its batch dimensions.
+        has_bias: Whether a bias is added; fprop only, as is `activation`.
+    """
+
+    name: str
+    problem: Problem
+    dtype: tf.DType
+    place: Place
+    shape: tuple[int, ...]
+    has_bias: bool = False
+    activation: Activation = LINEAR
+
+
 def _build_fprop(
     convolution: Convolution, operands: Sequence[tf.Tensor], activation: Activation
 ) -> Run:
@@ -190,7 +269,7 @@ def _build_fprop(
     problem = convolution.problem(input_shape, shape_of(w))
     shape = (*input_shape[:-3], *problem.output_shape[1:])
     place = _common_place(operands)
-    backend = backends.select(place, dtype, convolution.backend)
+    backend = _select(convolution, place, dtype)
     if 0 in shape:
         return lambda *_: _zeros(shape, dtype, place)
     if 0 in input_shape or 0 in shape_of(w):
@@ -198,16 +277,8 @@ def _build_fprop(
         return lambda _x, _w, bias=None: _without_products(
             layout, _zeros(shape, dtype, place), bias, activation
         )
-    run = backend.fprop(
-        problem,
-        dtype,
-        place,
-        convolution.pattern,
-        has_bias=bool(rest),
-        activation=activation.code,
-        shape=shape,
-    )
-    return _moving(run, operands, place)
+    one = Pass("fprop", problem, dtype, place, shape, bool(rest), activation)
+    return _moving(_chosen_run(convolution, one, backend, w), operands, place)
 
 
 def _build_dgrad(
@@ -216,11 +287,11 @@ def _build_dgrad(
     dy, w = operands
     problem = convolution.problem(shape, shape_of(w))
     place, dtype = _common_place(operands), dy.dtype
-    backend = backends.select(place, dtype, convolution.backend)
+    backend = _select(convolution, place, dtype)
     if 0 in shape or 0 in shape_of(dy) or 0 in shape_of(w):
         return lambda *_: _zeros(shape, dtype, place)
-    run = backend.dgrad(problem, dtype, place, convolution.pattern, shape=shape)
-    return _moving(run, operands, place)
+    one = Pass("dgrad", problem, dtype, place, shape)
+    return _moving(_chosen_run(convolution, one, backend, w), operands, place)
 
 
 def _build_wgrad(
@@ -229,11 +300,103 @@ def _build_wgrad(
     x, dy = operands
     problem = convolution.problem(shape_of(x), shape)
     place, dtype = _common_place(operands), x.dtype
-    backend = backends.select(place, dtype, convolution.backend)
+    backend = _select(convolution, place, dtype)
     if 0 in shape or 0 in shape_of(x) or 0 in shape_of(dy):
         return lambda *_: _zeros(shape, dtype, place)
-    run = backend.wgrad(problem, dtype, place, convolution.pattern)
-    return _moving(run, operands, place)
+    one = Pass("wgrad", problem, dtype, place, shape)
+    return _moving(_chosen_run(convolution, one, backend, None), operands, place)
+
+
+def _select(
+    convolution: Convolution, place: Place, dtype: tf.DType
+) -> ModuleType | None:
+    """The back end; None where TensorFlow's convolution was asked for, and no other."""
+    if convolution.algorithm == "dense" and convolution.backend is None:
+        return None
+    return backends.select(place, dtype, convolution.backend)
+
+
+def _chosen_run(
+    convolution: Convolution,
+    one: Pass,
+    backend: ModuleType | None,
+    w: tf.Tensor | None,
+) -> Run:
+    """A pass by the algorithm that is asked for or the cheapest.
+
+    Args:
+        convolution: What is convolved.
+        one: The pass.
+        backend: What `_select` gave.
+        w: The kernel's operand; None for wgrad.
+    """
+    algorithm = convolution.algorithm
+    if algorithm == "dense":
+        _check_dense(convolution, one)
+    elif algorithm != "generic":
+        nnz = _known_nonzeros(convolution, one.problem, w)
+        if nnz is None and backend.nonzeros(w) is not None:
+            return _counting_run(convolution, one, backend)
+        algorithm = _choose(convolution, one, backend, nnz)
+    return build_run(convolution, one, backend, algorithm)
+
+
+def build_run(
+    convolution: Convolution, one: Pass, backend: ModuleType | None, algorithm: str
+) -> Run:
+    """A pass by a given algorithm."""
+    arguments = (one.problem, one.dtype, one.place, convolution.pattern)
+    options: dict[str, Any] = {} if one.name == "wgrad" else {"shape": one.shape}
+    if algorithm == "dense":
+        if one.name == "fprop":
+            options["activation"] = one.activation
+        return getattr(dense, one.name)(*arguments, **options)
+    if one.name == "fprop":
+        options |= {"has_bias": one.has_bias, "activation": one.activation.code}
+    return getattr(backend, one.name)(*arguments, algorithm=algorithm, **options)
+
+
+def _counting_run(convolution: Convolution, one: Pass, backend: ModuleType) -> Run:
+    """A pass over a dense kernel, by an algorithm that follows from its zeros."""
+    runs = Memo()
+    # What was chosen is kept with each kernel, under this name.
+    name = object()
+
+    def run(read: tf.Tensor, w: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
+        algorithm = cached(
+            w, name, lambda: _choose(convolution, one, backend, backend.nonzeros(w))
+        )
+        prepared = runs.cached(
+            algorithm, lambda: build_run(convolution, one, backend, algorithm)
+        )
+        return prepared(read, w, *rest)
+
+    return run
+
+
+def _choose(
+    convolution: Convolution, one: Pass, backend: ModuleType, nnz: int | None
+) -> str:
+    return convolution.choose(
+        one.name, one.problem, one.dtype, one.place, nnz, backend
+    ).algorithm
+
+
+def _known_nonzeros(
+    convolution: Convolution, problem: Problem, w: tf.Tensor | None
+) -> int | None:
+    """The weights that a pass visits; None for those of a dense kernel."""
+    if convolution.pattern is not None:
+        return convolution.pattern.nnz
+    return math.prod(problem.kernel_shape) if w is None else None
+
+
+def _check_dense(convolution: Convolution, one: Pass) -> None:
+    reason = dense.reason_against(one.name, one.problem, one.dtype, one.place)
+    if reason is None and one.place.kind == "GPU" and convolution.backend == "cpu":
+        reason = dense.ELSEWHERE
+    if reason is not None:
+        raise choice.unsupported("dense", one.name, reason)
 
 
 def _common_place(operands: Sequence[tf.Tensor]) -> Place:
@@ -303,6 +466,12 @@ def _graph_fprop(
             x.shape.as_list(), kernel_shape, convolution.geometry
         )
     operands = [x, w] if bias is None else [x, w, bias]
+    one = _graph_pass(convolution, "fprop", x.shape, w.shape, x.dtype, shape)
+    if one is not None and _is_dense_in_graph(convolution, one, w):
+        with _at(one.place):
+            return dense.graph_fprop(
+                one.problem, one.place, convolution.pattern, operands, activation, shape
+            )
     return call_in_graph(run, operands, x.dtype, shape, _device(convolution, x))
 
 
@@ -313,6 +482,12 @@ def _graph_dgrad(
         return dgrad(convolution, _known_shape(input_shape, value), dy, w)
 
     value, static = _graph_shape(input_shape)
+    one = _graph_pass(convolution, "dgrad", static, w.shape, dy.dtype, input_shape)
+    if one is not None and _is_dense_in_graph(convolution, one, w):
+        with _at(one.place):
+            return dense.graph_dgrad(
+                one.problem, one.place, convolution.pattern, [dy, w], one.shape
+            )
     device = _device(convolution, dy)
     return call_in_graph(run, [dy, w, *value], dy.dtype, static, device)
 
@@ -324,8 +499,69 @@ def _graph_wgrad(
         return wgrad(convolution, x, dy, _known_shape(kernel_shape, value))
 
     value, static = _graph_shape(kernel_shape)
+    one = _graph_pass(convolution, "wgrad", x.shape, static, x.dtype, kernel_shape)
+    if one is not None and _is_dense_in_graph(convolution, one, None):
+        with _at(one.place):
+            return dense.graph_wgrad(
+                one.problem, one.place, convolution.pattern, [x, dy]
+            )
     device = _device(convolution, x)
     return call_in_graph(run, [x, dy, *value], x.dtype, static, device)
+
+
+def _graph_pass(
+    convolution: Convolution,
+    name: str,
+    input_shape: tf.TensorShape,
+    w_shape: tf.TensorShape,
+    dtype: tf.DType,
+    shape: Any,
+) -> Pass | None:
+    """A pass of a graph with all sizes known, and none of them 0; None otherwise."""
+    known = input_shape.is_fully_defined() and w_shape.is_fully_defined()
+    if not known or convolution.algorithm in ("generic", "baked"):
+        return None
+    problem = convolution.problem(tuple(input_shape), tuple(w_shape))
+    if 0 in (*problem.input_shape, *problem.output_shape, *w_shape):
+        return None
+    return Pass(name, problem, dtype, _graph_place(convolution, dtype), tuple(shape))
+
+
+def _is_dense_in_graph(
+    convolution: Convolution, one: Pass, w: tf.Tensor | None
+) -> bool:
+    """Whether TensorFlow's own operations shall compute a pass of a graph."""
+    if convolution.algorithm == "dense":
+        _check_dense(convolution, one)
+        return True
+    if one.place.kind == "GPU" and backends.unavailable("cuda"):
+        return False
+    backend = backends.select(one.place, one.dtype, convolution.backend)
+    nnz = _known_nonzeros(convolution, one.problem, w)
+    if nnz is None:
+        kernel = captured_tensor(w)
+        # Of others, the zeros are counted when the graph runs.
+        nnz = backend.nonzeros(kernel) if isinstance(kernel, EagerTensor) else None
+        if nnz is None:
+            return False
+    chosen = convolution.choose(*one[:4], nnz, backend, traced=True)
+    return chosen.algorithm == "dense"
+
+
+def _graph_place(convolution: Convolution, dtype: tf.DType) -> Place:
+    """Where a graph's convolution is expected to run."""
+    gpus = len(tf.config.list_logical_devices("GPU"))
+    device = chosen_device()
+    if not gpus or device.device_type == "CPU" or convolution.backend == "cpu":
+        return HOST
+    return HOST if dtype == tf.int32 else gpu_place(device.device_index or 0)
+
+
+def _at(place: Place) -> Any:
+    """The device of a graph's dense pass, unless the caller chose one."""
+    if chosen_device().device_type is not None:
+        return contextlib.nullcontext()
+    return tf.device(f"/{place.kind}:{place.index}")
 
 
 def _graph_shape(shape: Shape) -> tuple[list[tf.Tensor], tf.TensorShape]:

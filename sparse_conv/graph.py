@@ -45,7 +45,8 @@ def call_in_graph(
     """
     if in_xla_context():
         raise NotImplementedError(
-            "A sparse convolution runs as a Python function, which XLA can't compile. "
+            "A sparse convolution runs as a Python function, which XLA can't compile; "
+            'with algorithm="dense" and static shapes it is TensorFlow\'s own. '
             "Received: a call inside of tf.function(jit_compile=True)"
         )
 
@@ -54,7 +55,7 @@ def call_in_graph(
             return function(*tensors)
 
     _refuse_to_be_saved()
-    if device is None or _device_is_chosen():
+    if device is None or chosen_device().device_type is not None:
         y = tf.py_function(run, operands, dtype)
     else:
         with tf.device(device):
@@ -63,10 +64,10 @@ def call_in_graph(
     return y
 
 
-def _device_is_chosen() -> bool:
-    """Whether the caller is inside of a `tf.device` that names a kind of device."""
+def chosen_device() -> tf.DeviceSpec:
+    """What the `tf.device` says that a graph's call is inside of; maybe nothing."""
     probe = tf.no_op()
-    return tf.DeviceSpec.from_string(probe.device).device_type is not None
+    return tf.DeviceSpec.from_string(probe.device)
 
 
 def _refuse_to_be_saved() -> None:

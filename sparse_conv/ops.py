@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from sparse_conv import activations, autodiff
+from sparse_conv import activations, autodiff, dense
 from sparse_conv.activations import Activation
 from sparse_conv.execution import Convolution, check_operands
 from sparse_conv.pattern import Pattern
@@ -35,6 +35,7 @@ def conv2d(
     *,
     bias: Any = None,
     activation: str | Callable[[tf.Tensor], tf.Tensor] | None = None,
+    algorithm: str = "auto",
     backend: str | None = None,
 ) -> tf.Tensor:
     """A 2-D convolution that skips the zeros of its kernel.
@@ -42,7 +43,9 @@ def conv2d(
     Equivalent to `tf.nn.conv2d(input, filters.to_dense(), strides, padding, ...)`, but
     for two things: where a weight is zero, an Inf or NaN of the input does not reach
     the output, and the order of summation is its own. float32 is exact to float32's
-    rounding; half and bfloat16 accumulate in float32.
+    rounding; half and bfloat16 accumulate in float32. That holds for our own code,
+    which `algorithm="generic"` pins: where "dense" is chosen, all is as `tf.nn.conv2d`
+    does it, at the precision that TensorFlow is set to.
 
     Args:
         input: (..., H, W, C) tensor, or (..., C, H, W) for "NCHW", with one batch
@@ -59,6 +62,10 @@ def conv2d(
         bias: (K,) tensor, variable or array of the input's dtype, added to the output.
         activation: Applied to the output: None, "relu", "relu6", "leaky_relu", "elu",
             "sigmoid", "tanh", "gelu", "swish", or a callable. A name is fused.
+        algorithm: "auto", which takes the one that is expected to be the fastest (see
+            `explain`), or one of them: "generic", our code, which reads the kernel's
+            pattern at run time; "baked", our code, generated for one SparseKernel;
+            "dense", TensorFlow's convolution on the dense kernel.
         backend: "cuda", "cpu", or None to choose by where the operands live.
 
     Returns:
@@ -68,19 +75,19 @@ def conv2d(
         ValueError: A value, a shape or a combination of them is wrong.
         TypeError: A type or dtype can't serve or doesn't match the input's.
         NotImplementedError: Valid, but unsupported: strides or dilations in the batch
-            or channel dimension, a back end that can't, XLA.
+            or channel dimension, a back end or an algorithm that can't, XLA.
 
     References:
         S. Han et al., Learning both Weights and Connections for Efficient Neural
         Networks, https://arxiv.org/abs/1506.02626, for kernels with such zeros.
     """
-    geometry = _geometry(strides, padding, data_format, dilations)
+    geometry = geometry_of(strides, padding, data_format, dilations)
     epilogue = activations.get(activation)
     x = _tensor("input", input, None)
     pattern, w = _kernel_operand(filters, x)
     bias = None if bias is None else _tensor("bias", bias, x)
     fused = epilogue if isinstance(epilogue, Activation) else activations.LINEAR
-    convolution = _convolution(geometry, filters, pattern, backend)
+    convolution = convolution_of(geometry, filters, pattern, backend, algorithm)
     if tf.executing_eagerly():
         y = autodiff.fprop(convolution, x, w, bias, fused)
     else:
@@ -101,32 +108,17 @@ def _graph_conv2d(
     check_operands(convolution, [x, w] if bias is None else [x, w, bias], activation)
     if not in_save_context():
         return autodiff.fprop(convolution, x, w, bias, activation)
-    geometry = convolution.geometry
-    padding = geometry.padding
-    if not isinstance(padding, str):
-        outer = (0, 0)
-        padding = (
-            [outer, *padding, outer]
-            if geometry.data_format == "NHWC"
-            else [outer, outer, *padding]
-        )
-    y = tf.nn.conv2d(
-        x,
-        filters.to_dense() if isinstance(filters, SparseKernel) else w,
-        geometry.strides,
-        padding,
-        geometry.data_format,
-        geometry.dilations,
-    )
-    if bias is not None:
-        y = tf.nn.bias_add(y, bias, geometry.data_format)
-    return activation.function(y)
+    kernel = filters.to_dense() if isinstance(filters, SparseKernel) else w
+    return dense.convolve(convolution.geometry, x, kernel, bias, activation)
 
 
 _cached_geometry = functools.lru_cache(maxsize=1024)(normalize_geometry)
 
 
-def _geometry(strides: Any, padding: Any, data_format: Any, dilations: Any) -> Geometry:
+def geometry_of(
+    strides: Any, padding: Any, data_format: Any, dilations: Any
+) -> Geometry:
+    """The Geometry of the arguments of `conv2d`, checked once."""
     arguments = (strides, padding, data_format, dilations)
     try:
         hash(arguments)
@@ -135,21 +127,27 @@ def _geometry(strides: Any, padding: Any, data_format: Any, dilations: Any) -> G
     return _cached_geometry(*arguments)
 
 
-def _convolution(
-    geometry: Geometry, filters: Any, pattern: Pattern | None, backend: str | None
+def convolution_of(
+    geometry: Geometry,
+    filters: Any,
+    pattern: Pattern | None,
+    backend: str | None,
+    algorithm: str,
 ) -> Convolution:
     """The Convolution of earlier calls with these arguments, or a new one."""
     if pattern is None:
-        return _dense_convolution(geometry, backend)
+        return _dense_convolution(geometry, backend, algorithm)
     return filters.memo.cached(
-        (geometry, backend),
-        lambda: Convolution(geometry, pattern, backend),
+        (geometry, backend, algorithm),
+        lambda: Convolution(geometry, pattern, backend, algorithm),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _dense_convolution(geometry: Geometry, backend: str | None) -> Convolution:
-    return Convolution(geometry, None, backend)
+def _dense_convolution(
+    geometry: Geometry, backend: str | None, algorithm: str
+) -> Convolution:
+    return Convolution(geometry, None, backend, algorithm)
 
 
 def _kernel_operand(filters: Any, x: tf.Tensor) -> tuple[Pattern | None, tf.Tensor]:

@@ -47,6 +47,7 @@ __all__ = [
     "WgradConfig",
     "compress_launch",
     "explain_gather",
+    "gather_clocks",
     "gather_launch",
     "reachable",
     "wgrad_launches",
@@ -77,9 +78,10 @@ class Direct:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """A block, or None for the direct function, and why."""
+    """A block, or None for the direct function, the clocks it takes, and why."""
 
     block: Block | None
+    clocks: float
     reason: str
 
 
@@ -90,20 +92,22 @@ def _outputs(gather: Gather) -> int:
 @functools.lru_cache(maxsize=4096)
 def _choose(gather: Gather, dtype: str, nnz: int, device: DeviceLimits) -> _Choice:
     if not _outputs(gather):
-        return _Choice(None, "there is nothing to write")
+        return _Choice(None, 0.0, "there is nothing to write")
     block, clocks = choose_block(gather, dtype, nnz, device)
-    if block is None:
-        return _Choice(None, "no tile of the input fits into shared memory")
     direct = direct_clocks(gather, nnz, device)
+    if block is None:
+        return _Choice(None, direct, "no tile of the input fits into shared memory")
     if direct < clocks:
         return _Choice(
             None,
+            direct,
             f"so little work that tiles don't pay: about {direct:.0f} clocks without, "
             f"{clocks:.0f} with",
         )
     config = block.config
     return _Choice(
         block,
+        clocks,
         f"tiles of {config.tile_h}x{config.tile_w} outputs, {config.block_rows} output "
         f"and {config.chunk} input channels at a time, {block.blocks} blocks of "
         f"{config.warps} warps: about {clocks:.0f} clocks",
@@ -115,6 +119,11 @@ def explain_gather(gather: Gather, dtype: str, nnz: int, device: DeviceLimits) -
     choice = _choose(gather, dtype, nnz, device)
     function = "conv2d_gather_direct" if choice.block is None else "conv2d_gather"
     return f"{function}: {choice.reason}"
+
+
+def gather_clocks(gather: Gather, dtype: str, nnz: int, device: DeviceLimits) -> float:
+    """Clocks that the launch of `gather_launch` takes, by the model in `tiling`."""
+    return _choose(gather, dtype, nnz, device).clocks
 
 
 @functools.lru_cache(maxsize=4096)

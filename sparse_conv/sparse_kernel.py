@@ -9,7 +9,7 @@ import io
 import numbers
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +17,9 @@ import tensorflow as tf
 from sparse_conv.memo import Memo
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import INT32_MAX
+
+if TYPE_CHECKING:
+    from sparse_conv.explanation import Explanation
 
 _DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.int32)
 
@@ -150,6 +153,53 @@ class SparseKernel(tf.Module):
             tf.constant([size], tf.int64),
         )
         return tf.reshape(flat, self.shape)
+
+    def prepare(
+        self,
+        input_shape: Sequence[int],
+        strides: Any,
+        padding: Any,
+        data_format: str | None = "NHWC",
+        dilations: Any = None,
+        *,
+        algorithm: str = "auto",
+        backend: str | None = None,
+        device: str | None = None,
+        measure: bool = False,
+        passes: Sequence[str] = ("fprop", "dgrad", "wgrad"),
+    ) -> Explanation:
+        """Compiles or loads what calls of this shape will use, ahead of them.
+
+        Args:
+            input_shape: Shape of the input.
+            strides: As for `conv2d`; so are the arguments up to `backend`.
+            padding: "SAME", "VALID" or explicit.
+            data_format: "NHWC" or "NCHW".
+            dilations: None means 1.
+            algorithm: The algorithm that the calls will ask for.
+            backend: The back end that the calls will ask for.
+            device: Where the operands will live, such as "/GPU:0"; None means where the
+                values are.
+            measure: Whether to time all algorithms. From then on, calls of exactly this
+                shape, dtype and device and at TensorFlow's present precision take the
+                fastest one, as long as the kernel lives; `explain` shows it.
+            passes: Those that will be used, of "fprop", "dgrad" and "wgrad".
+
+        Returns:
+            What was chosen, and why.
+
+        Raises:
+            ValueError: As `conv2d`, an extent is 0, or a pass has no such name.
+            NotImplementedError: No back end computes there.
+        """
+        # Calls take kernels, and this asks how a call would be computed.
+        from sparse_conv.explanation import prepare
+
+        return prepare(
+            self, input_shape, strides, padding, data_format, dilations,
+            algorithm=algorithm, backend=backend, device=device, measure=measure,
+            passes=passes,
+        )  # fmt: skip
 
     def with_values(self, values: tf.Tensor | tf.Variable) -> SparseKernel:
         """A kernel with the same pattern, shared, and other values."""

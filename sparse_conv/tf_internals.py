@@ -12,6 +12,7 @@ from tensorflow.python.eager import record as _record
 from tensorflow.python.framework import ops as _ops
 from tensorflow.python.ops import control_flow_util as _control_flow
 from tensorflow.python.saved_model import save_context as _save_context
+from tensorflow.python.util import _pywrap_tensor_float_32_execution as _tensor_float_32
 
 # The class of concrete tensors; the public API tells them from symbolic ones only by
 # an attribute lookup that costs more.
@@ -25,6 +26,9 @@ autograph_artifact = _autograph.autograph_artifact
 could_possibly_record = _record.could_possibly_record
 record_operation = _record.record_operation
 stop_recording = _record.stop_recording
+
+# Whether float32 may be computed in TF32; the public function takes longer to find.
+tensor_float_32_enabled = _tensor_float_32.is_enabled
 
 # Whether a graph is being built for a SavedModel, which can't hold a Python function.
 in_save_context = _save_context.in_save_context
@@ -46,3 +50,20 @@ def shape_of(tensor: tf.Tensor) -> tuple[int, ...]:
 def in_xla_context() -> bool:
     """Whether the graph under construction is for XLA, which can't hold one either."""
     return _control_flow.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def captured_tensor(tensor: tf.Tensor) -> tf.Tensor:
+    """What a graph's tensor is a copy of: a tensor captured from outside, or itself.
+
+    The public API does not tell where a placeholder of a `tf.function` gets its value.
+    """
+    while not isinstance(tensor, EagerTensor):
+        if tensor.op.type == "Identity":
+            tensor = tensor.op.inputs[0]
+            continue
+        captures = getattr(tensor.graph, "captures", ())
+        outer = next((o for o, inner in captures if inner is tensor), None)
+        if outer is None or outer.dtype == tf.resource:
+            return tensor
+        tensor = outer
+    return tensor

@@ -4,16 +4,26 @@ A back end is a module with
 
     unavailable() -> str | None           why this machine can't use it
     reason_against(place, dtype, forced) -> str | None    why it can't compute there
-    fprop(problem, dtype, place, pattern, *, has_bias, activation, shape)
+    fprop(problem, dtype, place, pattern, *, algorithm, has_bias, activation, shape)
         -> run(x, w[, bias]) -> y
-    dgrad(problem, dtype, place, pattern, *, shape) -> run(dy, w) -> dx
-    wgrad(problem, dtype, place, pattern) -> run(x, dy) -> dw
+    dgrad(problem, dtype, place, pattern, *, algorithm, shape) -> run(dy, w) -> dx
+    wgrad(problem, dtype, place, pattern, *, algorithm) -> run(x, dy) -> dw
+    machine(place) -> costs.Machine       what its costs depend on besides the problem
+    estimates(pass_name, problem, dtype, place, nnz, has_pattern)
+        -> tuple[costs.Estimate, ...]     what each of its algorithms would take
+    nonzeros(w) -> int | None             those of a dense kernel, None if not cheap
+    finish_compiling() -> None            waits for what it compiles in the background
     caches() -> list[Path]                where its compiled code is kept
 
 Each pass is prepared for one problem and place, and then run on eager tensors that live
 there. `w` holds the values of `pattern`, or is the dense HWIO kernel when `pattern` is
 None; `dw` likewise. `shape` is the result's, with all its batch dimensions. No extent
 is 0. Back ends are imported when they are first needed.
+
+`algorithm` is "generic" or "baked". `estimates` has both, in this order, and is a pure
+and cached function; `nnz` is the number of weights that are visited, and `has_pattern`
+tells a SparseKernel from a dense kernel. The gradient to a dense kernel visits all.
+"dense", TensorFlow's own convolution, belongs to no back end: see `sparse_conv.dense`.
 """
 
 from __future__ import annotations

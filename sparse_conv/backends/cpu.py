@@ -6,6 +6,7 @@ NumPy arrays, are in `cpu_loops`.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,23 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from sparse_conv import bridge
+from sparse_conv import bridge, costs
 from sparse_conv.backends import cpu_loops, cpu_threads
+from sparse_conv.backends.cpu_vectors import VECTOR_BYTES
 from sparse_conv.bridge import HOST, Place
+from sparse_conv.costs import Estimate
+from sparse_conv.costs.terms import sparse_terms
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import Problem
 from sparse_conv.tensor_cache import cached
+
+# float32 numbers in a vector -> the machines whose costs were measured.
+_KINDS = {16: "cpu-avx512", 8: "cpu-avx2"}
+_NEVER_BAKED = (
+    "the CPU back end generates no code for a pattern: its loops read patterns at run "
+    "time"
+)
 
 
 def unavailable() -> str | None:
@@ -49,12 +60,13 @@ def fprop(
     place: Place,
     pattern: Pattern | None,
     *,
+    algorithm: str,
     has_bias: bool,
     activation: int,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The forward pass."""
-    del has_bias
+    del algorithm, has_bias
     gather = fprop_gather(problem)
 
     def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
@@ -78,9 +90,11 @@ def dgrad(
     place: Place,
     pattern: Pattern | None,
     *,
+    algorithm: str,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The gradient to the input."""
+    del algorithm
     gather = dgrad_gather(problem)
 
     def run(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
@@ -97,9 +111,15 @@ def dgrad(
 
 
 def wgrad(
-    problem: Problem, dtype: tf.DType, place: Place, pattern: Pattern | None
+    problem: Problem,
+    dtype: tf.DType,
+    place: Place,
+    pattern: Pattern | None,
+    *,
+    algorithm: str,
 ) -> Callable[..., tf.Tensor]:
     """The gradient to the values of the pattern, or to the dense kernel."""
+    del algorithm
     gather = fprop_gather(problem)
 
     def run(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
@@ -114,6 +134,49 @@ def wgrad(
         return _finished(dw, dtype, place)
 
     return run
+
+
+def machine(place: Place) -> costs.Machine:
+    """The vectors and threads that a call uses, wherever its tensors live."""
+    del place
+    lanes = VECTOR_BYTES // 4
+    kind = _KINDS.get(lanes, "cpu-avx2")
+    return costs.Machine(kind, cpu_threads.thread_count(), lanes)
+
+
+def estimates(
+    pass_name: str,
+    problem: Problem,
+    dtype: tf.DType,
+    place: Place,
+    nnz: int,
+    has_pattern: bool,
+) -> tuple[Estimate, ...]:
+    """What each algorithm would take; see `sparse_conv.backends`."""
+    del has_pattern
+    return _estimates(pass_name, problem, dtype, nnz, machine(place))
+
+
+@functools.lru_cache(maxsize=4096)
+def _estimates(
+    pass_name: str, problem: Problem, dtype: tf.DType, nnz: int, machine: costs.Machine
+) -> tuple[Estimate, ...]:
+    terms = sparse_terms(pass_name, problem, nnz, dtype.size, machine)
+    predicted = costs.microseconds(machine, f"generic {pass_name}", terms)
+    predicted *= costs.dtype_factor(machine, "generic", dtype.name)
+    return (
+        Estimate("generic", predicted, f"loops over the {nnz} weights"),
+        Estimate("baked", None, _NEVER_BAKED),
+    )
+
+
+def nonzeros(w: tf.Tensor) -> int:
+    """The nonzeros of a dense kernel, counted once for each tensor."""
+    return cached(w, "nonzeros", lambda: int(np.count_nonzero(_view(w))))
+
+
+def finish_compiling() -> None:
+    """Returns at once: what is compiled is compiled by the call that needs it."""
 
 
 def _wide(dtype: tf.DType) -> tf.DType:

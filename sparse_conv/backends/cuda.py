@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from sparse_conv import bridge, plan
+from sparse_conv import bridge, costs, plan
+from sparse_conv.backends import cuda_costs
 from sparse_conv.bridge import Memory, Place
+from sparse_conv.costs import Estimate
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
-from sparse_conv.launch import Launch
+from sparse_conv.launch import WARP, Launch
 from sparse_conv.pattern import Pattern, Rows
 from sparse_conv.problem import Problem
 from sparse_conv.streams import Step, ordered
@@ -28,6 +30,8 @@ from sparse_conv.tensor_cache import cached
 # Raw memory is asked for in elements of a dtype that TensorFlow keeps on the GPU: its
 # int32 tensors live in host memory.
 _CELL = tf.float32
+
+_NOT_BAKED = "no code is generated for a single kernel yet"
 
 Operands = Mapping[str, Memory]
 
@@ -76,11 +80,13 @@ def fprop(
     place: Place,
     pattern: Pattern | None,
     *,
+    algorithm: str,
     has_bias: bool,
     activation: int,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The forward pass."""
+    del algorithm
     gather = fprop_gather(problem)
     launch = plan.gather_launch(
         gather,
@@ -106,9 +112,11 @@ def dgrad(
     place: Place,
     pattern: Pattern | None,
     *,
+    algorithm: str,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The gradient to the input."""
+    del algorithm
     gather = dgrad_gather(problem)
     launch = plan.gather_launch(
         gather,
@@ -129,9 +137,15 @@ def dgrad(
 
 
 def wgrad(
-    problem: Problem, dtype: tf.DType, place: Place, pattern: Pattern | None
+    problem: Problem,
+    dtype: tf.DType,
+    place: Place,
+    pattern: Pattern | None,
+    *,
+    algorithm: str,
 ) -> Callable[..., tf.Tensor]:
     """The gradient to the values of the pattern, or to the dense kernel."""
+    del algorithm
     gather = fprop_gather(problem)
     partial, total, workspace_bytes = plan.wgrad_launches(
         gather,
@@ -164,6 +178,44 @@ def wgrad(
         return dw
 
     return run
+
+
+@functools.cache
+def machine(place: Place) -> costs.Machine:
+    """The GPU's architecture and its multiprocessors."""
+    import cupy
+
+    device = cupy.cuda.Device(bridge.ordinal_of(place))
+    kind = f"cuda-sm{device.compute_capability}"
+    return costs.Machine(kind, _limits(place).multiprocessors, WARP)
+
+
+def estimates(
+    pass_name: str,
+    problem: Problem,
+    dtype: tf.DType,
+    place: Place,
+    nnz: int,
+    has_pattern: bool,
+) -> tuple[Estimate, ...]:
+    """What each algorithm would take; see `sparse_conv.backends`."""
+    del has_pattern
+    predicted = cuda_costs.generic_microseconds(
+        pass_name, problem, dtype.name, nnz, _limits(place), machine(place)
+    )
+    return (
+        Estimate("generic", predicted, f"functions that read the {nnz} weights"),
+        Estimate("baked", None, _NOT_BAKED),
+    )
+
+
+def nonzeros(w: tf.Tensor) -> int | None:
+    """None: counting the nonzeros of a dense kernel would make the host wait."""
+    del w
+
+
+def finish_compiling() -> None:
+    """Returns at once: what is compiled is compiled by the call that needs it."""
 
 
 def _gather_run(

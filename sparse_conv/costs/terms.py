@@ -1,0 +1,92 @@
+"""The quantities that costs are sums of, for loops over a Gather and for dense ones.
+
+Pure arithmetic on sizes. All amounts are divided by the machine's units.
+"""
+
+from __future__ import annotations
+
+import math
+
+from sparse_conv.costs import Machine
+from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
+from sparse_conv.problem import Problem
+
+_MEGA = 1e6
+
+
+def gather_of(pass_name: str, problem: Problem) -> Gather:
+    """The Gather that a sparse pass walks."""
+    return dgrad_gather(problem) if pass_name == "dgrad" else fprop_gather(problem)
+
+
+def sparse_terms(
+    pass_name: str, problem: Problem, nnz: int, itemsize: int, machine: Machine
+) -> dict[str, float]:
+    """The amounts of a loop over `nnz` nonzeros that has pixels in its lanes.
+
+    Args:
+        pass_name: "fprop", "dgrad" or "wgrad".
+        problem: The sizes.
+        nnz: Weights that are visited.
+        itemsize: Bytes of an element.
+        machine: Its lanes decide how much of a short image is wasted.
+
+    Returns:
+        "call" (1), "products" (millions), "read", "write" (megabytes) and "sums"
+        (millions of outputs, or of pixels that a gradient reads).
+    """
+    gather = gather_of(pass_name, problem)
+    h, w = gather.h, gather.w
+    high, wide = -(-h.outputs // h.phases), -(-w.outputs // w.phases)
+    lanes = machine.lanes
+    cells = min(
+        _rounded(gather.n * high, lanes) * wide, _rounded(gather.n * wide, lanes) * high
+    )
+    cells *= len(h.origins) * len(w.origins)
+    share = _MEGA * machine.units
+    read = gather.n * h.inputs * w.inputs * gather.in_channels
+    write = gather.n * h.outputs * w.outputs * gather.out_channels
+    return {
+        "call": 1.0,
+        "products": nnz / (h.row_sets * w.row_sets) * cells / share,
+        "read": read * itemsize / share,
+        "write": write * itemsize / share,
+        "sums": cells * gather.out_channels / share,
+    }
+
+
+def dense_terms(
+    pass_name: str, problem: Problem, itemsize: int, machine: Machine, lanes: int
+) -> dict[str, float]:
+    """The amounts of a dense convolution that has channels in its lanes.
+
+    Args:
+        pass_name: "fprop", "dgrad" or "wgrad".
+        problem: The sizes.
+        itemsize: Bytes of an element.
+        machine: What the work is divided among.
+        lanes: To whole multiples of what the channels are rounded.
+
+    Returns:
+        "call" (1), "products" with the channels written rounded up, "both" with all of
+        them rounded up (millions), "read", "write" and "weights" (megabytes).
+    """
+    p = problem
+    ins, outs = p.group_channels, p.k // p.groups
+    read, write = p.n * p.h * p.w * p.c, p.n * p.p * p.q * p.k
+    if pass_name == "dgrad":
+        ins, outs, read, write = outs, ins, write, read
+    pixels = p.n * p.p * p.q * p.r * p.s * p.groups
+    share = _MEGA * machine.units
+    return {
+        "call": 1.0,
+        "products": pixels * ins * _rounded(outs, lanes) / share,
+        "both": pixels * _rounded(ins, lanes) * _rounded(outs, lanes) / share,
+        "read": read * itemsize / share,
+        "write": write * itemsize / share,
+        "weights": math.prod(p.kernel_shape) * itemsize / share,
+    }
+
+
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
