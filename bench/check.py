@@ -1,9 +1,10 @@
 """Is a result right? Asked before any time is taken.
 
-The reference is `tf.nn.conv2d` in float64 on the same device. The error is the Euclidean
-norm of the difference over that of the reference. Random numbers make random roundings,
-so that errors of a sum of n terms grow like the root of n. Limits follow from that, not
-from what was seen; a wrong index or a forgotten channel is a thousand times beyond them.
+The reference is `tf.nn.conv2d` in float64 on the same device. The error is the
+Euclidean norm of the difference over that of the reference. Random numbers make random
+roundings, so that errors of a sum of n terms grow like the root of n. Limits follow
+from that, not from what was seen; a wrong index or a forgotten channel is a thousand
+times beyond them.
 """
 
 from __future__ import annotations

@@ -11,10 +11,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
-from bench import cases, compare, report
+from bench import cases, compare, ours, report
 from bench.cases import Case, useful_fmas
 from bench.measure import Report, Row, begin_row, fill_row
 from bench.results import Results
@@ -112,11 +111,12 @@ def _our_times(case: Case, session: Session, tell: Report) -> dict[str, Any]:
     for algorithm in SPARSE if asked == "auto" else (asked,):
         tell(f"density {case.density:.3g}, {algorithm}")
         try:
-            side = our_side(case, operands, bench.target, algorithm)
+            prepared = ours.prepare(operands.inputs[0], operands.dense, algorithm)
         except NotImplementedError as error:
             entries[algorithm] = {"refused": str(error)}
             continue
+        side = our_side(case, operands, bench.target, prepared)
         row = begin_row(case, useful_fmas(case, kernel), bench.target)
         fill_row(row, [side], len(operands.inputs), bench, tell)
-        entries[algorithm] = {"case": asdict(case), **row["sides"]["ours"]}
+        entries[algorithm] = row["sides"]["ours"]
     return entries

@@ -22,8 +22,6 @@ def run(session: Session) -> Results:
     if session.options.quick:
         points = [p for p in points if _QUICK_POINTS.get(p.group) == p.position]
     results = session.results("figures")
-    session.fill(
-        results, points, lambda case, tell: measure(case, session.bench, tell)
-    )
+    session.fill(results, points, lambda case, tell: measure(case, session.bench, tell))
     report.publish(results)
     return results

@@ -10,10 +10,10 @@ whatever happens once cancels.
 Both sides are timed by this same method. What differs is how the N calls are enqueued:
 - `tf.nn.conv2d`, and every call that launches nothing through `sparse_conv.streams`, is
   called. Its stream waits for the gate as all others do.
-- Our calls ask TensorFlow for memory and wait for its stream meanwhile, which would open
-  the gate too early. So each call is made once; its launches are recorded, with their
-  operands, and enqueued again behind the gate. The caller checks that they compute the
-  whole result. What a call spends on the order between streams is in its call time.
+- Our calls ask TensorFlow for memory and wait for its stream meanwhile, that is for the
+  gate. So each call is made once; its launches are recorded, with their operands, and
+  enqueued again behind the gate. The caller checks that they compute the whole result.
+  What a call spends on the order between streams is in its call time.
 
 Before the gate, the L2 cache is overwritten, and the calls rotate through inputs and
 outputs, so that none finds its data in the cache.
@@ -152,9 +152,7 @@ class Gate:
                     f"{_LONGEST_HOLD_NS // 1_000_000} ms"
                 )
 
-    def _try_time_us(
-        self, enqueue: Callable[[int], None], count: int
-    ) -> float | None:
+    def _try_time_us(self, enqueue: Callable[[int], None], count: int) -> float | None:
         """As `_time_us`; None if the gate was open before all was enqueued."""
         start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
         self.fill(self._scratch, self._scratch_bytes, 0)

@@ -17,8 +17,6 @@ def run(session: Session) -> Results:
     if options.quick:
         layers = [x for x in layers if x.n == 1 and x.h <= 14 and x.density == 0.1]
     results = session.results("layers")
-    session.fill(
-        results, layers, lambda case, tell: measure(case, session.bench, tell)
-    )
+    session.fill(results, layers, lambda case, tell: measure(case, session.bench, tell))
     report.publish(results)
     return results

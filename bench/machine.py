@@ -11,7 +11,6 @@ Knows where names and versions are found. Knows nothing of convolutions.
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
@@ -89,12 +88,20 @@ def choose_device(device: str | None, threads: int | None) -> str:
     if device == "gpu" and reason is not None:
         raise BenchError(f"--device gpu needs a GPU: {reason}")
     if threads is not None:
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        cpu_threads.set_thread_limit(threads)
+        set_threads(threads)
     if device == "cpu" or reason is not None:
         tf.config.set_visible_devices([], "GPU")
         return "CPU"
+    for gpu in tf.config.list_physical_devices("GPU"):
+        # `startup` runs other processes on the same GPU.
+        tf.config.experimental.set_memory_growth(gpu, True)
     return "GPU"
+
+
+def set_threads(threads: int) -> None:
+    """Limits both sides to so many threads; before TensorFlow has started."""
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    cpu_threads.set_thread_limit(threads)
 
 
 def measure_target(kind: str) -> Target:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench import check
+from bench import check, ours
 from bench.cases import Case, useful_fmas
 from bench.gate import Gate, GateError
 from bench.machine import Target
@@ -42,12 +42,14 @@ class Bench:
         gate: Its gate; None on a CPU.
         effort: How long each contender is sampled.
         algorithm: The algorithm of ours.
+        measured_choice: Whether ours is chosen by times that `prepare` measures.
     """
 
     target: Target
     gate: Gate | None
     effort: Effort
     algorithm: str
+    measured_choice: bool = False
 
 
 def measure(case: Case, bench: Bench, report: Report) -> Row:
@@ -69,7 +71,13 @@ def measure(case: Case, bench: Bench, report: Report) -> Row:
     sides = []
     report("compiling")
     try:
-        sides.append(our_side(case, operands, bench.target, bench.algorithm))
+        prepared = ours.prepare(
+            operands.inputs[0],
+            operands.dense,
+            bench.algorithm,
+            measure=bench.measured_choice,
+        )
+        sides.append(our_side(case, operands, bench.target, prepared))
     except NotImplementedError as error:
         row["sides"]["ours"] = {"refused": str(error)}
     sides += dense_sides(case, operands, bench.target)
@@ -82,20 +90,32 @@ def measure(case: Case, bench: Bench, report: Report) -> Row:
     return row
 
 
-def begin_row(case: Case, fmas: int, target: Target) -> Row:
+def begin_row(
+    case: Case, fmas: int, target: Target, io_bytes: int | None = None
+) -> Row:
     """A row without contenders: what was computed, and how fast that could be at all.
 
-    The floor is the time that the device needs at least: to read the input and write the
-    output once, or to do the FMAs that are not with zeros, whichever is longer.
+    The floor is the time that the device needs at least: to move the bytes, or to do
+    the FMAs that are not with zeros, whichever is longer.
+
+    Args:
+        case: The convolution.
+        fmas: The FMAs.
+        target: The device.
+        io_bytes: The bytes; None means to read the input and write the output once.
+
+    Returns:
+        The row.
     """
-    bytes_us = case.io_bytes / target.bandwidth * 1e6
+    io_bytes = case.io_bytes if io_bytes is None else io_bytes
+    bytes_us = io_bytes / target.bandwidth * 1e6
     fmas_us = fmas / target.peak * 1e6
     return {
         "key": str(case),
         "case": asdict(case),
         "shape": case.shape_text,
         "useful_fmas": fmas,
-        "io_bytes": case.io_bytes,
+        "io_bytes": io_bytes,
         "floor_us": max(bytes_us, fmas_us),
         "floor_is": "bytes" if bytes_us >= fmas_us else "FMAs",
         "sides": {},
@@ -171,9 +191,9 @@ def device_times(
     samplers = {}
     for side in sides:
         entry = row["sides"][side.name]
-        if side.name == "ours" and side.recorded is not None:
-            if not replays(side, bench.gate):
-                side.recorded = None
+        is_ours = side.name == "ours" and side.recorded is not None
+        if is_ours and not replays(side, bench.gate):
+            side.recorded = None
         entry["enqueued"] = "calls" if side.recorded is None else "recorded launches"
         try:
             with tensor_float_32(side.tf32):

@@ -1,18 +1,19 @@
 """How the measurements use the package: one convolution, prepared as a user would.
 
-Knows the public API alone.
+Knows the public API, and the names of the algorithms and passes.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tensorflow as tf
 
 import sparse_conv
+from sparse_conv import choice
 
-ALGORITHMS = ("auto", "generic", "baked", "dense")
+ALGORITHMS = choice.ALGORITHMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,16 @@ class Prepared:
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         """The convolution of `x`, stride 1, padding SAME."""
-        return sparse_conv.conv2d(x, self.kernel, 1, "SAME")
+        return sparse_conv.conv2d(x, self.kernel, 1, "SAME", algorithm=self.asked)
 
 
 def prepare(
-    x: tf.Tensor, dense: tf.Tensor, algorithm: str, *, trainable: bool = False
+    x: tf.Tensor,
+    dense: tf.Tensor,
+    algorithm: str,
+    *,
+    measure: bool = False,
+    training: bool = False,
 ) -> Prepared:
     """Converts a dense kernel, and compiles what calls on inputs like `x` need.
 
@@ -47,7 +53,9 @@ def prepare(
         x: (N, H, W, C) tensor.
         dense: (R, S, C, K) tensor.
         algorithm: One of ALGORITHMS.
-        trainable: Whether the kernel's values are a variable.
+        measure: Whether the choice is by times that are measured for it.
+        training: Whether the kernel's values are a variable, and the gradients are
+            prepared, too.
 
     Returns:
         The kernel, and what was chosen.
@@ -56,6 +64,42 @@ def prepare(
         NotImplementedError: The algorithm can't compute this convolution.
     """
     begin = time.perf_counter()
-    kernel = sparse_conv.SparseKernel.from_dense(dense, trainable=trainable)
+    kernel = sparse_conv.SparseKernel.from_dense(dense, trainable=training)
+    passes = choice.PASSES if training else ("fprop",)
+    prepared = prepare_kernel(kernel, x, algorithm, measure=measure, passes=passes)
+    return replace(prepared, seconds=time.perf_counter() - begin)
+
+
+def prepare_kernel(
+    kernel: sparse_conv.SparseKernel,
+    x: tf.Tensor,
+    algorithm: str,
+    *,
+    measure: bool = False,
+    passes: tuple[str, ...] = ("fprop",),
+) -> Prepared:
+    """As `prepare`, for a kernel that was converted before."""
+    begin = time.perf_counter()
+    explanation = kernel.prepare(
+        tuple(x.shape),
+        1,
+        "SAME",
+        algorithm=algorithm,
+        device=x.device,
+        measure=measure,
+        passes=passes,
+    )
     seconds = time.perf_counter() - begin
-    return Prepared(kernel, algorithm, "generic", "no choice yet", seconds)
+    for one in explanation.passes:
+        if one.algorithm is None:
+            raise NotImplementedError(one.reason)
+    reason = explanation.passes[0].reason
+    return Prepared(kernel, algorithm, _chosen(explanation), reason, seconds)
+
+
+def _chosen(explanation: sparse_conv.Explanation) -> str:
+    """The algorithm; the algorithm of each pass where they differ."""
+    chosen = {one.name: one.algorithm for one in explanation.passes}
+    if len(set(chosen.values())) == 1:
+        return next(iter(chosen.values()))
+    return ", ".join(f"{name} {algorithm}" for name, algorithm in chosen.items())

@@ -26,7 +26,7 @@ class Results:
     """What a command has measured so far, in memory and on disk."""
 
     def __init__(self, path: Path, document: dict[str, Any]):
-        """Joins a file and its contents; `begin` and `load` are the ways to make one."""
+        """Joins a file and its contents; made by `begin` and `load`."""
         self.path = path
         self.document = document
 

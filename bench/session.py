@@ -41,6 +41,7 @@ class Options:
         only: Measures only what this regular expression finds something in.
         threads: Threads of both sides on a CPU.
         algorithm: The algorithm of ours.
+        measured_choice: Whether ours is chosen by times that `prepare` measures.
         dtypes: Of the layers.
         budget: Seconds after which no new row is begun.
         resume: Whether to keep rows that are there.
@@ -52,6 +53,7 @@ class Options:
     only: str | None = None
     threads: int | None = None
     algorithm: str = "auto"
+    measured_choice: bool = False
     dtypes: tuple[str, ...] = ("float32",)
     budget: float | None = None
     resume: bool = False
@@ -93,21 +95,22 @@ class Session:
         seconds = _SECONDS[kind] * (_QUICK if options.quick else 1)
         effort = Effort(seconds, fewest=2 if options.quick else 3)
         out = options.out or RESULTS / machine.slug(described)
-        bench = Bench(target, gate, effort, options.algorithm)
+        bench = Bench(target, gate, effort, options.algorithm, options.measured_choice)
         return cls(options, target, described, bench, out, begun)
 
-    def results(self, command: str, **settings: Any) -> Results:
+    def results(self, command: str) -> Results:
         """The results of a command, begun or gone on with."""
         options = self.options
-        common = {
+        settings = {
             "quick": options.quick,
             "algorithm": options.algorithm,
+            "measured_choice": options.measured_choice,
             "seconds_per_contender": self.bench.effort.seconds,
             "tf32_default": self.machine["tf32_default"],
         }
         path = self.out / f"{command}.json"
         return Results.begin(
-            path, command, common | settings, self.machine, resume=options.resume
+            path, command, settings, self.machine, resume=options.resume
         )
 
     def wanted(self, items: Iterable[_Item]) -> list[_Item]:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bench import check, ours
+from bench import check
 from bench.cases import Case
 from bench.gate import Gate, Recorded, recorded_launches
 from bench.machine import Target
 from bench.naive import NaiveGpu, naive_cpu
+from bench.ours import Prepared
 from bench.timing import Ring
 from sparse_conv import bridge
 
@@ -114,9 +115,10 @@ def make_operands(case: Case, kernel: np.ndarray, target: Target) -> Operands:
     return Operands(inputs, dense, exact, np.count_nonzero(kernel) / case.k)
 
 
-def our_side(case: Case, operands: Operands, target: Target, algorithm: str) -> Side:
-    """Ours, prepared, with a SparseKernel that was converted before."""
-    prepared = ours.prepare(operands.inputs[0], operands.dense, algorithm)
+def our_side(
+    case: Case, operands: Operands, target: Target, prepared: Prepared
+) -> Side:
+    """Ours, with a SparseKernel that was converted and prepared before."""
     is_dense = prepared.chosen == "dense"
     side = Side(
         "ours",

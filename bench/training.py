@@ -22,7 +22,7 @@ from bench.results import Results
 from bench.session import Session
 from bench.sides import Side, record, rotation
 
-# The three passes do the useful FMAs once each, and so the floor counts them.
+# Each does the useful FMAs once, and so the floor counts them.
 PASSES = 3
 _Step = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
@@ -60,10 +60,8 @@ def _row(case: Case, bench: Bench, tell: Report) -> Row:
     kernel = case.kernel()
     operands = _operands(case, kernel, bench.target)
     fmas = PASSES * useful_fmas(case, kernel)
-    row = begin_row(case, fmas, bench.target)
-    # Input, output and both of their gradients.
-    row["floor_us"] = max(2 * row["io_bytes"] / bench.target.bandwidth * 1e6,
-                          fmas / bench.target.peak * 1e6)
+    # Input, output and the gradients of both.
+    row = begin_row(case, fmas, bench.target, io_bytes=2 * case.io_bytes)
     tell("compiling")
     sides = _sides(case, operands, bench)
     fill_row(row, sides, len(operands.inputs), bench, tell)
@@ -129,11 +127,15 @@ def _sides(case: Case, operands: Operands, bench: Bench) -> list[Side]:
     return sides
 
 
-def _our_side(
-    operands: Operands, bench: Bench, limit: Callable[[bool], float]
-) -> Side:
+def _our_side(operands: Operands, bench: Bench, limit: Callable[[bool], float]) -> Side:
     first = operands.inputs[0]
-    prepared = ours.prepare(first, operands.dense, bench.algorithm, trainable=True)
+    prepared = ours.prepare(
+        first,
+        operands.dense,
+        bench.algorithm,
+        measure=bench.measured_choice,
+        training=True,
+    )
     kernel = prepared.kernel
 
     def step(number: int) -> _Step:
@@ -145,7 +147,7 @@ def _our_side(
         y, dx, dw = step
         return _error((y, dx, kernel.with_values(dw).to_dense()), operands)
 
-    is_dense = bench.target.on_gpu and prepared.chosen == "dense"
+    is_dense = bench.target.on_gpu and "dense" in prepared.chosen
     facts = {"algorithm": prepared.chosen, "reason": prepared.reason}
     side = Side("ours", step, error, True, limit(is_dense), facts)
     if bench.target.on_gpu:
