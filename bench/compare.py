@@ -39,9 +39,14 @@ def ratio_spread(row: dict[str, Any], side: str, kind: str) -> tuple[float, floa
 
 
 def floor_fraction(row: dict[str, Any], kind: str) -> float | None:
-    """The part of our time that the device needs at least."""
+    """The part of our time that the device needs at least; None without such a floor.
+
+    TensorFlow's convolution visits the zeros, and may do so in tensor cores: the floor
+    of our own algorithms is none for it.
+    """
     ours = median_us(row, "ours", kind)
-    return None if ours is None else row["floor_us"] / ours
+    dense = "dense" in row["sides"].get("ours", {}).get("algorithm", "")
+    return None if ours is None or dense else row["floor_us"] / ours
 
 
 def geometric_mean(numbers: Iterable[float | None]) -> float | None:

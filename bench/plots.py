@@ -68,11 +68,11 @@ def names(results: Results) -> dict[str, str]:
     on_gpu = results.document["machine"]["device"] == "GPU"
     tensorflow = "tf.nn.conv2d"
     return {
-        "ours": "sparse_conv",
+        "ours": "sparse_conv (hollow: it chose dense)",
         "dense": f"{tensorflow}, TF32 (its default)" if on_gpu else tensorflow,
         "dense_fp32": f"{tensorflow}, FP32",
         "naive": "the original operator's method",
-        "floor": "floor: bytes or FMAs",
+        "floor": "floor: bytes or FP32 FMAs",
     }
 
 
@@ -84,7 +84,7 @@ def _save(figure: Any, results: Results, name: str) -> Path:
         machine.caption(results.document["machine"]), fontsize=7, color="#6b7280"
     )
     path = results.path.parent / f"{name}.png"
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=_DPI, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
     return path
 
@@ -121,9 +121,9 @@ def _figure(name: str, rows: list[Row], kind: str, results: Results) -> Path:
     _draw_ratios(ratios, rows, kind, results)
     for axes in (times, ratios):
         _position_axis(axes, name, rows)
-    times.set_ylabel(f"{_kind_text(kind)}, us")
+    times.set_ylabel(f"{_kind_text(kind)}, µs")
     times.legend(fontsize=8)
-    ratios.set_ylabel("times as fast")
+    ratios.set_ylabel("sparse_conv: times as fast")
     ratios.legend(fontsize=8)
     figure.suptitle(f"{name.capitalize()}: {_constant_part(name, rows)}")
     return _save(figure, results, f"figure-{name.replace(' ', '-')}")
@@ -141,13 +141,26 @@ def _draw_times(axes: Any, rows: list[Row], kind: str, results: Results) -> None
         if not known:
             continue
         x = [row["case"]["position"] for row in known]
-        entries = [row["sides"][side][kind] for row in known]
-        medians = [entry["median"] for entry in entries]
+        entries = [row["sides"][side] for row in known]
+        low, medians, high = (
+            [entry[kind][name] for entry in entries] for name in ("q1", "median", "q3")
+        )
         axes.plot(x, medians, MARKERS[side] + "-", color=colour, label=label, ms=5)
-        low, high = ([entry[q] for entry in entries] for q in ("q1", "q3"))
+        _mark_dense(axes, x, entries, kind)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
     axes.set_yscale("log")
     _plain(axes.yaxis)
+
+
+def _mark_dense(axes: Any, x: Sequence[float], entries: list[Row], kind: str) -> None:
+    """Hollows the marks where ours has chosen TensorFlow's convolution."""
+    chosen = [
+        (position, entry[kind]["median"])
+        for position, entry in zip(x, entries, strict=True)
+        if entry.get("algorithm") == "dense"
+    ]
+    if chosen:
+        axes.plot(*zip(*chosen, strict=True), "o", color="white", ms=2.5, zorder=4)
 
 
 def _draw_ratios(axes: Any, rows: list[Row], kind: str, results: Results) -> None:
@@ -232,7 +245,10 @@ def _summary(groups: dict[str, list[Row]], kind: str, results: Results) -> Path:
         figure.suptitle(
             f"{mean:.1f} times as fast as {labels['dense']}: geometric mean of "
             f"{len(sparse)} points at density 0.1",
-            fontsize=11,
+            fontsize=12,
+            # Above the legend, which the layout does not know to avoid.
+            y=1.02,
+            va="bottom",
         )
     return _save(figure, results, "summary")
 
@@ -258,7 +274,10 @@ def _layers(results: Results) -> list[Path]:
         _draw_layers(place, rows, kind)
         place.set_title(f"batch {batch}, {dtype}", fontsize=10, loc="left")
         place.set_ylabel("times as fast")
-    axes[0, 0].legend(title="density", ncols=4, fontsize=8)
+        place.legend(
+            title="density", ncols=4, fontsize=8, loc="lower right",
+            bbox_to_anchor=(1, 1),
+        )  # fmt: skip
     figure.suptitle(f"Layers: sparse_conv against {dense}, {_kind_text(kind)}")
     return [_save(figure, results, "layers")]
 
@@ -345,7 +364,7 @@ def _overhead(results: Results) -> list[Path]:
         for side, caller in zip(("ours", "naive", "dense"), callers, strict=True)
     }
     legend = dict(zip(bars, callers, strict=True))
-    return [_bars(results, "overhead", rows, bars, legend, "microseconds a call")]
+    return [_bars(results, "overhead", rows, bars, legend, "µs a call")]
 
 
 def _bars(
