@@ -13,6 +13,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.session import Session
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -124,6 +128,13 @@ def _measure(options: argparse.Namespace, names: Sequence[str]) -> int:
             resume=options.resume,
         )
     )
+    try:
+        return _run(session, names)
+    finally:
+        session.close()
+
+
+def _run(session: Session, names: Sequence[str]) -> int:
     status = 0
     for name in names:
         results = importlib.import_module(f"bench.{name}").run(session)

@@ -31,6 +31,7 @@ from unittest import mock
 import numpy as np
 import tensorflow as tf
 
+from bench import BenchError
 from bench.gpu_code import Step
 from bench.timing import Sampler
 from sparse_conv import bridge, streams
@@ -48,7 +49,7 @@ _SAMPLE_US = 1500
 _MOST_CALLS = 20
 
 
-class GateError(RuntimeError):
+class GateError(BenchError):
     """The host could not stay ahead of the GPU."""
 
 

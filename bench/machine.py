@@ -11,12 +11,13 @@ Knows where names and versions are found. Knows nothing of convolutions.
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import tensorflow as tf
 
 import sparse_conv
 from bench import BenchError
-from bench.gate import clocked_us
+from bench.gate import Gate, clocked_us
 from bench.gpu_code import Step
 from sparse_conv import backends, bridge
 from sparse_conv._cli.machine import cpu_name, gpu_names, installed_version
@@ -55,15 +56,15 @@ class Target:
         kind: "GPU" or "CPU".
         place: The device, as the package knows it.
         cache_bytes: Size of its last cache: L2 of a GPU, L3 of a CPU.
-        bandwidth: Bytes a second that it reads and writes.
-        peak: float32 FMAs a second.
+        bandwidth: Bytes a second that it reads and writes; NaN before it is measured.
+        peak: float32 FMAs a second; NaN before it is measured.
     """
 
     kind: str
     place: Place
     cache_bytes: int
-    bandwidth: float
-    peak: float
+    bandwidth: float = math.nan
+    peak: float = math.nan
 
     @property
     def on_gpu(self) -> bool:
@@ -93,7 +94,7 @@ def choose_device(device: str | None, threads: int | None) -> str:
         tf.config.set_visible_devices([], "GPU")
         return "CPU"
     for gpu in tf.config.list_physical_devices("GPU"):
-        # `startup` runs other processes on the same GPU.
+        # `startup` and `fp32` run other processes on the same GPU.
         tf.config.experimental.set_memory_growth(gpu, True)
     return "GPU"
 
@@ -104,18 +105,32 @@ def set_threads(threads: int) -> None:
     cpu_threads.set_thread_limit(threads)
 
 
-def measure_target(kind: str) -> Target:
-    """The device of that kind, with its bandwidth and peak measured."""
+def find_target(kind: str) -> Target:
+    """The first device of that kind, not measured yet."""
     with tf.device(f"/{kind}:0"):
         place = bridge.place_of(tf.constant(0.0))
-        if kind == "GPU":
-            ordinal = bridge.ordinal_of(place)
-            cache_bytes = _gpu_attributes(ordinal)["L2CacheSize"]
-            bandwidth, peak = _gpu_bandwidth(), _gpu_peak(ordinal)
+    if kind == "GPU":
+        cache_bytes = _gpu_attributes(bridge.ordinal_of(place))["L2CacheSize"]
+    else:
+        cache_bytes = _last_cache_bytes()
+    return Target(kind, place, cache_bytes)
+
+
+def measure_target(kind: str) -> Target:
+    """The first device of that kind, with its bandwidth and peak measured."""
+    target = find_target(kind)
+    with tf.device(target.place.device):
+        if target.on_gpu:
+            bandwidth = _gpu_bandwidth()
+            peak = _gpu_peak(bridge.ordinal_of(target.place))
         else:
-            cache_bytes = _last_cache_bytes()
             bandwidth, peak = _cpu_bandwidth(), _matrix_rate()
-        return Target(kind, place, cache_bytes, bandwidth, peak)
+    return replace(target, bandwidth=bandwidth, peak=peak)
+
+
+def gate_of(target: Target) -> Gate | None:
+    """The device's gate; None on a CPU."""
+    return Gate(target.place, target.cache_bytes) if target.on_gpu else None
 
 
 def describe(target: Target) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from bench.gate import Gate, GateError
 from bench.machine import Target
 from bench.sides import (
     Side,
-    dense_sides,
+    dense_side,
     enqueuer,
     make_operands,
     naive_side,
@@ -43,6 +43,8 @@ class Bench:
         effort: How long each contender is sampled.
         algorithm: The algorithm of ours.
         measured_choice: Whether ours is chosen by times that `prepare` measures.
+        fp32: Measures TensorFlow with TF32 off, given "convolution" or "training" and a
+            case; None where that is no difference.
     """
 
     target: Target
@@ -50,6 +52,7 @@ class Bench:
     effort: Effort
     algorithm: str
     measured_choice: bool = False
+    fp32: Callable[[str, Case], Row] | None = None
 
 
 def measure(case: Case, bench: Bench, report: Report) -> Row:
@@ -80,14 +83,31 @@ def measure(case: Case, bench: Bench, report: Report) -> Row:
         sides.append(our_side(case, operands, bench.target, prepared))
     except NotImplementedError as error:
         row["sides"]["ours"] = {"refused": str(error)}
-    sides += dense_sides(case, operands, bench.target)
+    sides.append(dense_side(case, operands, bench.target, tf32=True))
     refusal = why_not_naive(case, fmas, bench.target)
     if refusal is None:
         sides.append(naive_side(case, operands, bench.target))
     else:
         row["sides"]["naive"] = {"refused": refusal}
     fill_row(row, sides, len(operands.inputs), bench, report)
+    add_fp32(row, "convolution", case, bench, report)
     return row
+
+
+def add_fp32(row: Row, kind: str, case: Case, bench: Bench, report: Report) -> None:
+    """Adds TensorFlow with TF32 off to a row, where that makes a difference."""
+    if bench.fp32 is not None and case.dtype == "float32":
+        report("TensorFlow in float32")
+        row["sides"]["dense_fp32"] = bench.fp32(kind, case)
+
+
+def dense_entry(case: Case, bench: Bench) -> Row:
+    """The entry of TensorFlow with TF32 off; for a process where it always is."""
+    operands = make_operands(case, case.kernel(), bench.target)
+    side = dense_side(case, operands, bench.target, tf32=False)
+    row = {"sides": {}}
+    fill_row(row, [side], len(operands.inputs), bench, lambda step: None)
+    return row["sides"][side.name]
 
 
 def begin_row(

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from bench import machine
-from bench.gate import Gate
+from bench.fp32 import Fp32Process
 from bench.machine import Target
 from bench.measure import Bench, Report, Row
 from bench.results import Results
@@ -69,6 +69,7 @@ class Session:
         machine: Its description.
         bench: What rows share.
         out: The folder of the results.
+        fp32: The process in which TF32 is off; None on a CPU.
         begun: When the budget began to run.
     """
 
@@ -77,6 +78,7 @@ class Session:
     machine: dict[str, Any]
     bench: Bench
     out: Path
+    fp32: Fp32Process | None
     begun: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -91,12 +93,25 @@ class Session:
         kind = machine.choose_device(options.device, options.threads)
         target = machine.measure_target(kind)
         described = machine.describe(target)
-        gate = Gate(target.place, target.cache_bytes) if target.on_gpu else None
+        gate = machine.gate_of(target)
         seconds = _SECONDS[kind] * (_QUICK if options.quick else 1)
         effort = Effort(seconds, fewest=2 if options.quick else 3)
         out = options.out or RESULTS / machine.slug(described)
-        bench = Bench(target, gate, effort, options.algorithm, options.measured_choice)
-        return cls(options, target, described, bench, out, begun)
+        fp32 = Fp32Process(kind, effort) if target.on_gpu else None
+        bench = Bench(
+            target,
+            gate,
+            effort,
+            options.algorithm,
+            options.measured_choice,
+            None if fp32 is None else fp32.entry,
+        )
+        return cls(options, target, described, bench, out, fp32, begun)
+
+    def close(self) -> None:
+        """Ends the other process, if there is one."""
+        if self.fp32 is not None:
+            self.fp32.close()
 
     def results(self, command: str) -> Results:
         """The results of a command, begun or gone on with."""

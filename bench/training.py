@@ -17,7 +17,7 @@ import tensorflow as tf
 from bench import cases, check, ours, report
 from bench.cases import Case, useful_fmas
 from bench.machine import Target
-from bench.measure import Bench, Report, Row, begin_row, fill_row
+from bench.measure import Bench, Report, Row, add_fp32, begin_row, fill_row
 from bench.results import Results
 from bench.session import Session
 from bench.sides import Side, record, rotation
@@ -50,12 +50,15 @@ def run(session: Session) -> Results:
     if session.options.quick:
         steps = [step for step in steps if step.h <= 14 and step.density == 0.1]
     results = session.results("training")
-    session.fill(results, steps, lambda case, tell: _row(case, session.bench, tell))
+    session.fill(
+        results, steps, lambda case, tell: measure_step(case, session.bench, tell)
+    )
     report.publish(results)
     return results
 
 
-def _row(case: Case, bench: Bench, tell: Report) -> Row:
+def measure_step(case: Case, bench: Bench, tell: Report) -> Row:
+    """Measures both sides on a case; as `measure.measure` does for convolutions."""
     tell("inputs")
     kernel = case.kernel()
     operands = _operands(case, kernel, bench.target)
@@ -63,8 +66,12 @@ def _row(case: Case, bench: Bench, tell: Report) -> Row:
     # Input, output and the gradients of both.
     row = begin_row(case, fmas, bench.target, io_bytes=2 * case.io_bytes)
     tell("compiling")
-    sides = _sides(case, operands, bench)
+    sides = [
+        _our_side(case, operands, bench),
+        _dense_side(case, operands, bench.target, tf32=True),
+    ]
     fill_row(row, sides, len(operands.inputs), bench, tell)
+    add_fp32(row, "training", case, bench, tell)
     return row
 
 
@@ -97,16 +104,23 @@ def _step(
     return y, dx, dw
 
 
-def _sides(case: Case, operands: Operands, bench: Bench) -> list[Side]:
-    target = bench.target
+def dense_entry(case: Case, bench: Bench) -> Row:
+    """The entry of TensorFlow with TF32 off; for a process where it always is."""
+    operands = _operands(case, case.kernel(), bench.target)
+    side = _dense_side(case, operands, bench.target, tf32=False)
+    row = {"sides": {}}
+    fill_row(row, [side], len(operands.inputs), bench, lambda step: None)
+    return row["sides"][side.name]
+
+
+def _limit(case: Case, *, tf32: bool) -> float:
     # The longest sum is the kernel's gradient.
     terms = max(case.n * case.h * case.w, case.taps**2 * max(case.c, case.k))
-    tf32 = target.on_gpu and case.dtype == "float32"
+    return check.limit(case.dtype, terms, tf32=tf32)
 
-    def limit(in_tf32: bool) -> float:
-        return check.limit(case.dtype, terms, tf32=in_tf32)
 
-    def dense_step(number: int) -> _Step:
+def _dense_side(case: Case, operands: Operands, target: Target, *, tf32: bool) -> Side:
+    def step(number: int) -> _Step:
         turn = number % len(operands.inputs)
         return _step(
             lambda x: tf.nn.conv2d(x, operands.dense, 1, "SAME"),
@@ -115,19 +129,12 @@ def _sides(case: Case, operands: Operands, bench: Bench) -> list[Side]:
             operands.gradients[turn],
         )
 
-    def dense_error(step: _Step) -> float:
-        return _error(step, operands)
-
-    sides = [
-        _our_side(operands, bench, limit),
-        Side("dense", dense_step, dense_error, True, limit(tf32)),
-    ]
-    if tf32:
-        sides.append(Side("dense_fp32", dense_step, dense_error, False, limit(False)))
-    return sides
+    name = "dense" if tf32 else "dense_fp32"
+    limit = _limit(case, tf32=tf32 and target.on_gpu)
+    return Side(name, step, lambda result: _error(result, operands), tf32, limit)
 
 
-def _our_side(operands: Operands, bench: Bench, limit: Callable[[bool], float]) -> Side:
+def _our_side(case: Case, operands: Operands, bench: Bench) -> Side:
     first = operands.inputs[0]
     prepared = ours.prepare(
         first,
@@ -149,7 +156,8 @@ def _our_side(operands: Operands, bench: Bench, limit: Callable[[bool], float]) 
 
     is_dense = bench.target.on_gpu and "dense" in prepared.chosen
     facts = {"algorithm": prepared.chosen, "reason": prepared.reason}
-    side = Side("ours", step, error, True, limit(is_dense), facts)
+    limit = _limit(case, tf32=is_dense)
+    side = Side("ours", step, error, True, limit, facts)
     if bench.target.on_gpu:
         side.recorded = record(step, len(operands.inputs))
     return side

@@ -23,6 +23,7 @@ from bench import (
     check,
     compare,
     crossover,
+    fp32,
     gpu_code,
     machine,
     measure,
@@ -32,6 +33,7 @@ from bench import (
     results,
     sides,
     timing,
+    training,
 )
 from bench.__main__ import COMMANDS, main
 from bench.cases import Case
@@ -263,6 +265,29 @@ def test_a_wrong_result_gets_no_time(target, fault, monkeypatch):
 
 def bench(target, algorithm="auto"):
     return measure.Bench(target, None, QUICK, algorithm)
+
+
+@pytest.mark.parametrize("kind", ["convolution", "training"])
+def test_the_float32_process_answers_with_an_entry(kind):
+    process = fp32.Fp32Process("CPU", QUICK)
+    try:
+        for case in SMALL[:2]:
+            entry = process.entry(kind, case)
+            assert entry["error"] <= entry["error_limit"]
+            assert entry["tf32"] is False
+            assert entry["call_us"]["median"] > 0
+        with pytest.raises(BenchError, match="process failed"):
+            process.entry(kind, Case("broken", 0, 1, 3, 3, 2, 2, 3, 0.5, "complex"))
+    finally:
+        process.close()
+
+
+def test_a_training_step_is_right_on_a_cpu(target):
+    row = training.measure_step(SMALL[1], bench(target, "generic"), lambda step: None)
+    for name in ("ours", "dense"):
+        entry = row["sides"][name]
+        assert entry["error"] <= entry["error_limit"]
+        assert entry["call_us"]["median"] > 0
 
 
 # Arithmetic.
