@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from sparse_conv import costs
 from sparse_conv.activations import LINEAR, Activation
-from sparse_conv.bridge import Place, shape_tensor
+from sparse_conv.bridge import HOST, Place, shape_tensor
 from sparse_conv.costs import Estimate, Machine
 from sparse_conv.costs.terms import dense_terms
 from sparse_conv.pattern import Pattern
@@ -47,6 +47,8 @@ def reason_against(
         return None
     if problem.data_format != "NHWC":
         return "TensorFlow's convolution takes nothing but NHWC on CPUs"
+    if dtype.size == 2 and not _computes_on_cpu(dtype):
+        return f"TensorFlow's convolution of {dtype.name} fails on this CPU"
     if pass_name == "fprop":
         return None
     if dtype == tf.int32:
@@ -56,6 +58,18 @@ def reason_against(
     if (problem.dilation_h, problem.dilation_w) != (1, 1):
         return "TensorFlow has no gradients of dilated convolutions on all CPUs"
     return None
+
+
+@functools.cache
+def _computes_on_cpu(dtype: tf.DType) -> bool:
+    """Whether this CPU has what TensorFlow needs for a dtype of 16 bits; it may not."""
+    with tf.init_scope(), tf.device(HOST.device):
+        x = tf.zeros((1, 1, 1, 1), dtype)
+        try:
+            tf.raw_ops.Conv2D(input=x, filter=x, strides=[1] * 4, padding="VALID")
+        except tf.errors.OpError:
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=4096)
@@ -88,15 +102,23 @@ def estimate(
         reason = ELSEWHERE
     if reason is not None:
         return Estimate("dense", None, reason)
+    amounts = terms(pass_name, problem, dtype, machine)
     if not on_gpu:
-        terms = dense_terms(pass_name, problem, dtype.size, machine, machine.lanes)
-        predicted = costs.microseconds(machine, f"dense {pass_name}", terms)
+        predicted = costs.microseconds(machine, f"dense {pass_name}", amounts)
         predicted *= costs.dtype_factor(machine, "dense", dtype.name)
         return Estimate("dense", predicted, "TensorFlow's convolution")
     precision = "tf32" if tf32 and dtype == tf.float32 else dtype.name
-    terms = dense_terms(pass_name, problem, dtype.size, machine, _GPU_LANES)
-    predicted = costs.microseconds(machine, f"dense {pass_name} {precision}", terms)
+    model = f"dense {pass_name} {precision}"
+    predicted = costs.microseconds(machine, model, amounts)
     return Estimate("dense", predicted, f"TensorFlow's convolution in {precision}")
+
+
+def terms(
+    pass_name: str, problem: Problem, dtype: tf.DType, machine: Machine
+) -> dict[str, float]:
+    """The amounts that the model of a pass weighs."""
+    lanes = _GPU_LANES if machine.kind.startswith("cuda") else machine.lanes
+    return dense_terms(pass_name, problem, dtype.size, machine, lanes)
 
 
 def fprop(

@@ -6,6 +6,7 @@ is measured on behalf of a kernel decides its later calls; nothing else does.
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -268,13 +269,13 @@ def _place(device: str | None, tensor: tf.Tensor, dtype: tf.DType) -> Place:
         return HOST
     if device is None:
         return place_of(tensor)
-    spec = tf.DeviceSpec.from_string(device)
-    if spec.device_type not in ("CPU", "GPU"):
+    found = re.fullmatch(r"(?i:.*/)?(?:device:)?(CPU|GPU)(?::(\d+))?", device)
+    if found is None:
         raise ValueError(
             '`device` must name a CPU or a GPU, such as "/GPU:0". '
             f"Received: device={device!r}"
         )
-    return HOST if spec.device_type == "CPU" else gpu_place(spec.device_index or 0)
+    return HOST if found[1] == "CPU" else gpu_place(int(found[2] or 0))
 
 
 def _nonzeros(subject: _Subject, name: str) -> int | None:

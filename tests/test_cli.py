@@ -16,6 +16,7 @@ from sparse_conv._cli import cache, photograph, poster
 from sparse_conv._cli.filters import FAMILIES, filter_bank, prune
 from sparse_conv._cli.verify import relative_errors
 from sparse_conv.problem import Geometry, make_problem
+from tests import ours
 from tests.reference import conv2d_reference
 
 
@@ -55,7 +56,7 @@ def test_demo_compares_times_and_draws(image, tmp_path, capsys):
 def test_demo_prints_no_time_of_a_wrong_result(
     image, tmp_path, capsys, monkeypatch, fault
 ):
-    def wrong(x, kernel, strides, padding):
+    def wrong(x, kernel, strides, padding, algorithm):
         y = tf.nn.conv2d(x, kernel.to_dense(), strides, padding)
         at = [[0, 7, 9, 5]]
         return tf.tensor_scatter_nd_add(y, at, [fault * tf.reduce_max(tf.abs(y))])
@@ -188,6 +189,6 @@ def test_compiled_gpu_functions_will_be_recognised():
 def test_compiled_loops_are_recognised():
     with tf.device("/CPU:0"):
         x, kernel = tf.ones((1, 4, 4, 1)), tf.ones((1, 1, 1, 1))
-        sparse_conv.conv2d(x, kernel, 1, "SAME", backend="cpu")
+        ours.conv2d(x, kernel, 1, "SAME", backend="cpu")
     found = [file for path in backends.caches() for file in cache.compiled_files(path)]
     assert {".nbi", ".nbc"} <= {file.suffix for file in found}

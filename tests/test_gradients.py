@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 
 import sparse_conv
 from sparse_conv.problem import Problem
+from tests import ours
 from tests.strategies import Call, calls, make_data
 
 
@@ -64,12 +65,12 @@ def operands(call: Call):
 def sparse_function(call: Call):
     """`conv2d` as a function of input and values."""
     if not call.sparse:
-        return lambda x, w: sparse_conv.conv2d(x, w, **call.options)
+        return lambda x, w: ours.conv2d(x, w, **call.options)
     pattern = sparse_conv.SparseKernel.from_dense(make_data(call).kernel).pattern
 
     def function(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
         kernel = sparse_conv.SparseKernel(w, pattern)
-        return sparse_conv.conv2d(x, kernel, **call.options)
+        return ours.conv2d(x, kernel, **call.options)
 
     return function
 
@@ -173,7 +174,7 @@ def test_derivatives_through_bias_and_activation(backend, call, activation, trac
     }
 
     def fused(x, w):
-        return sparse_conv.conv2d(
+        return ours.conv2d(
             x,
             sparse_conv.SparseKernel(w, pattern) if call.sparse else w,
             **call.options,
@@ -289,7 +290,7 @@ def test_same_tensor_as_input_and_filters(backend):
     problem = Call((3, 3, 3, 3), (3, 3, 3, 3)).problem
     gradients = []
     for function in (
-        lambda x, w: sparse_conv.conv2d(x, w, 1, "SAME"),
+        lambda x, w: ours.conv2d(x, w, 1, "SAME"),
         lambda x, w: conv2d_dense(x, w, problem),
     ):
         with tf.GradientTape() as tape:
@@ -358,7 +359,7 @@ def test_gradients_that_nobody_wants_are_not_computed(
             if source is not None:
                 tape.watch(source)
             filters = sparse_conv.SparseKernel(w, pattern) if call.sparse else w
-            y = sparse_conv.conv2d(x, filters, **call.options, bias=bias)
+            y = ours.conv2d(x, filters, **call.options, bias=bias)
         return y if source is None else tape.gradient(y, source)
 
     (tf.function(step) if traced else step)(x, w, bias)
@@ -373,7 +374,7 @@ def test_int32_has_no_gradient(backend, traced):
     def gradients():
         with tf.GradientTape() as tape:
             x = tf.cast(weight * tf.ones((1, 4, 4, 1)), tf.int32)
-            y = sparse_conv.conv2d(x, tf.ones((3, 3, 1, 1), tf.int32), 1, "SAME")
+            y = ours.conv2d(x, tf.ones((3, 3, 1, 1), tf.int32), 1, "SAME")
             loss = tf.reduce_sum(tf.cast(y, tf.float32))
         return tape.gradient(loss, weight)
 
@@ -465,7 +466,7 @@ def test_gradient_to_a_slice_of_a_variable(backend):
     problem = Call((2, 5, 5, 2), (3, 3, 2, 5)).problem
     gradients = []
     for conv in (
-        lambda w: sparse_conv.conv2d(x, w, 1, "SAME"),
+        lambda w: ours.conv2d(x, w, 1, "SAME"),
         lambda w: conv2d_dense(x, w, problem),
     ):
         with tf.GradientTape() as tape:
@@ -487,7 +488,7 @@ def test_training_reaches_the_same_place(backend):
     @tf.function
     def step():
         with tf.GradientTape() as tape:
-            y = sparse_conv.conv2d(x, kernel, 1, "SAME")
+            y = ours.conv2d(x, kernel, 1, "SAME")
             loss = tf.reduce_mean((y - target) ** 2)
         gradient = tape.gradient(loss, kernel.trainable_variables)
         kernel.values.assign_sub(0.1 * gradient[0])

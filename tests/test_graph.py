@@ -13,6 +13,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 
 import sparse_conv
+from tests import ours
 from tests.reference import conv2d_reference
 from tests.strategies import Call, calls, make_data
 
@@ -39,10 +40,10 @@ def test_graph_computes_what_eager_execution_computes(backend, call):
 
     def both(x, dy):
         if call.dtype == "int32":
-            return [sparse_conv.conv2d(x, filters, **call.options, bias=bias)]
+            return [ours.conv2d(x, filters, **call.options, bias=bias)]
         with tf.GradientTape() as tape:
             tape.watch([x, weights])
-            y = sparse_conv.conv2d(x, filters, **call.options, bias=bias)
+            y = ours.conv2d(x, filters, **call.options, bias=bias)
         return [y, *tape.gradient(y, [x, weights], output_gradients=dy)]
 
     unknown = [tf.TensorSpec([None] * len(t.shape), t.dtype) for t in (x, dy)]
@@ -76,7 +77,7 @@ def test_static_shape_of_the_output(backend, spec, options, expected, sparse):
 
     @tf.function(input_signature=[tf.TensorSpec(spec)])
     def traced(x):
-        seen.append(sparse_conv.conv2d(x, filters, **options))
+        seen.append(ours.conv2d(x, filters, **options))
         return seen[-1]
 
     traced.get_concrete_function()
@@ -92,7 +93,7 @@ def test_static_shape_of_gradients(backend):
     def traced(x):
         with tf.GradientTape() as tape:
             tape.watch([x, kernel.values])
-            y = sparse_conv.conv2d(x, kernel, 1, "SAME")
+            y = ours.conv2d(x, kernel, 1, "SAME")
         seen.extend(tape.gradient(y, [x, kernel.values]))
 
     traced.get_concrete_function()
@@ -107,11 +108,11 @@ def test_one_trace_serves_many_sizes(backend):
     @tf.function(input_signature=[tf.TensorSpec((None, None, None, 2))])
     def traced(x):
         traces.append(1)
-        return sparse_conv.conv2d(x, kernel, 2, "SAME")
+        return ours.conv2d(x, kernel, 2, "SAME")
 
     for shape in ((1, 4, 4, 2), (3, 7, 5, 2), (0, 7, 5, 2), (2, 0, 5, 2)):
         x = tf.ones(shape)
-        expected = sparse_conv.conv2d(x, kernel, 2, "SAME")
+        expected = ours.conv2d(x, kernel, 2, "SAME")
         np.testing.assert_array_equal(traced(x).numpy(), expected.numpy())
     assert len(traces) == 1
 
@@ -125,7 +126,7 @@ def test_variables_of_a_kernel_update_without_a_new_trace(backend):
     @tf.function
     def traced(x):
         traces.append(1)
-        return sparse_conv.conv2d(x, kernel, 1, "SAME")
+        return ours.conv2d(x, kernel, 1, "SAME")
 
     np.testing.assert_array_equal(traced(x).numpy(), y)
     kernel.values.assign(3 * kernel.values)
@@ -141,7 +142,7 @@ def test_variables_made_dense_update_without_a_new_trace(backend):
     @tf.function
     def traced(x):
         traces.append(1)
-        return sparse_conv.conv2d(x, kernel, 1, "SAME")
+        return ours.conv2d(x, kernel, 1, "SAME")
 
     np.testing.assert_array_equal(traced(x).numpy(), y)
     # The zeros move: a pattern kept from the first call would show.
@@ -156,11 +157,11 @@ def test_assignment_within_the_graph_is_seen_in_order(backend):
 
     @tf.function
     def traced(x):
-        before = sparse_conv.conv2d(x, kernel, 1, "SAME")
+        before = ours.conv2d(x, kernel, 1, "SAME")
         kernel.values.assign(2 * kernel.values)
-        after = sparse_conv.conv2d(x, kernel, 1, "SAME")
+        after = ours.conv2d(x, kernel, 1, "SAME")
         kernel.values.assign(kernel.values / 2)
-        return before, after, sparse_conv.conv2d(x, kernel, 1, "SAME")
+        return before, after, ours.conv2d(x, kernel, 1, "SAME")
 
     for result, factor in zip(traced(x), (1, 2, 1), strict=True):
         np.testing.assert_array_equal(result.numpy(), factor * y)
@@ -179,7 +180,7 @@ def test_gradient_of_what_a_function_captures(backend, sparse, size):
     x = tf.constant(rng.standard_normal((2, 5, 5, 2)), tf.float32)
 
     def function(x):
-        return sparse_conv.conv2d(x, filters, 1, "SAME")
+        return ours.conv2d(x, filters, 1, "SAME")
 
     gradients = []
     for call in (function, tf.function(function)):
@@ -197,12 +198,12 @@ def test_tf_gradients_inside_a_graph(backend):
 
     @tf.function
     def traced(x, kernel):
-        y = sparse_conv.conv2d(x, kernel, 1, "SAME")
+        y = ours.conv2d(x, kernel, 1, "SAME")
         return tf.gradients(y, [x, kernel])
 
     with tf.GradientTape() as tape:
         tape.watch([x, kernel])
-        y = sparse_conv.conv2d(x, kernel, 1, "SAME")
+        y = ours.conv2d(x, kernel, 1, "SAME")
     expected = tape.gradient(y, [x, kernel])
     for a, b in zip(traced(x, kernel), expected, strict=True):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
@@ -217,7 +218,7 @@ def test_tape_within_and_around(backend):
     def penalty(x, w):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = tf.reduce_sum(sparse_conv.conv2d(x, w, 1, "SAME") ** 2)
+            y = tf.reduce_sum(ours.conv2d(x, w, 1, "SAME") ** 2)
         return tf.reduce_sum(tape.gradient(y, x) ** 2)
 
     results = []
@@ -237,17 +238,17 @@ def test_loops_and_branches(backend):
     @tf.function
     def traced(x, n, twice):
         for _ in tf.range(n):
-            x = sparse_conv.conv2d(x, kernel, 1, "SAME", activation="relu6")
+            x = ours.conv2d(x, kernel, 1, "SAME", activation="relu6")
         if twice:
-            x = sparse_conv.conv2d(x, kernel, 1, "SAME")
+            x = ours.conv2d(x, kernel, 1, "SAME")
         return x
 
     expected = x
     for _ in range(3):
-        expected = sparse_conv.conv2d(expected, kernel, 1, "SAME", activation="relu6")
+        expected = ours.conv2d(expected, kernel, 1, "SAME", activation="relu6")
     y = traced(x, tf.constant(3), tf.constant(False))
     np.testing.assert_array_equal(y.numpy(), expected.numpy())
-    expected = sparse_conv.conv2d(expected, kernel, 1, "SAME")
+    expected = ours.conv2d(expected, kernel, 1, "SAME")
     y = traced(x, tf.constant(3), tf.constant(True))
     np.testing.assert_array_equal(y.numpy(), expected.numpy())
 
@@ -258,7 +259,7 @@ def test_gradient_through_a_loop(backend):
 
     def repeated(x, n):
         for _ in tf.range(n):
-            x = sparse_conv.conv2d(x, kernel, 1, "SAME", activation="tanh")
+            x = ours.conv2d(x, kernel, 1, "SAME", activation="tanh")
         return x
 
     gradients = []
@@ -276,7 +277,7 @@ def test_map_fn_and_dataset_map():
     kernel = sparse_conv.SparseKernel.from_dense(dense)
 
     def one(image):
-        return sparse_conv.conv2d(image[tf.newaxis], kernel, 1, "SAME")[0]
+        return ours.conv2d(image[tf.newaxis], kernel, 1, "SAME")[0]
 
     np.testing.assert_array_equal(tf.map_fn(one, x).numpy(), y)
     # A pipeline runs on the host, wherever its results go.
@@ -290,8 +291,8 @@ def test_two_operators_of_one_name(backend):
 
     @tf.function
     def traced(x):
-        first = sparse_conv.conv2d(x, dense, 1, "SAME", name="conv")
-        second = sparse_conv.conv2d(x, dense, 1, "SAME", name="conv")
+        first = ours.conv2d(x, dense, 1, "SAME", name="conv")
+        second = ours.conv2d(x, dense, 1, "SAME", name="conv")
         return first + second
 
     np.testing.assert_array_equal(traced(x).numpy(), 2 * y)
@@ -302,13 +303,13 @@ def test_two_operators_of_one_name(backend):
 def test_arrays_in_a_trace_are_constants(backend):
     """As for any of TensorFlow's operations."""
     x, dense, y = data_of(Call(X, KERNEL, density=0.4))
-    traced = tf.function(lambda x: sparse_conv.conv2d(x, dense, 1, "SAME"))
+    traced = tf.function(lambda x: ours.conv2d(x, dense, 1, "SAME"))
     np.testing.assert_array_equal(traced(x).numpy(), y)
 
 
 def test_functions_that_run_eagerly(backend):
     x, dense, y = data_of(Call(X, KERNEL, density=0.4))
-    traced = tf.function(lambda x: sparse_conv.conv2d(x, dense, 1, "SAME"))
+    traced = tf.function(lambda x: ours.conv2d(x, dense, 1, "SAME"))
     tf.config.run_functions_eagerly(True)
     try:
         np.testing.assert_array_equal(traced(x).numpy(), y)
@@ -321,7 +322,7 @@ def test_error_of_a_running_graph_carries_the_message(backend):
 
     @tf.function(input_signature=[unknown, unknown])
     def traced(x, kernel):
-        return sparse_conv.conv2d(x, kernel, 1, "VALID")
+        return ours.conv2d(x, kernel, 1, "VALID")
 
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"(?s)height.*Received: "):
         traced(tf.ones((1, 2, 9, 1)), tf.ones((7, 7, 1, 1)))
@@ -337,13 +338,13 @@ def test_xla_gets_a_clear_error(backend, gradient):
     def compiled(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = sparse_conv.conv2d(x, kernel, 1, "SAME")
+            y = ours.conv2d(x, kernel, 1, "SAME")
         return tape.gradient(y, x) if gradient else y
 
     with pytest.raises(NotImplementedError, match=r"XLA.*Received: .*jit_compile"):
         compiled(x)
     # And nothing is broken after it.
-    result = sparse_conv.conv2d(x, kernel, 1, "SAME")
+    result = ours.conv2d(x, kernel, 1, "SAME")
     np.testing.assert_array_equal(result.numpy(), y)
 
 
@@ -353,7 +354,7 @@ def test_xla_within_a_function_gets_a_clear_error(backend):
 
     @tf.function
     def inner(x):
-        return sparse_conv.conv2d(x, kernel, 1, "SAME")
+        return ours.conv2d(x, kernel, 1, "SAME")
 
     @tf.function(jit_compile=True)
     def outer(x):
@@ -375,7 +376,7 @@ class Model(tf.Module):
         self.call = tf.function(self.convolve, input_signature=signature)
 
     def convolve(self, x):
-        return sparse_conv.conv2d(x, self.kernel, **self.options)
+        return ours.conv2d(x, self.kernel, **self.options)
 
 
 SAVED = {
@@ -460,7 +461,7 @@ def test_saved_model_of_a_function_around_the_convolution(tmp_path):
     """The convolution is hidden one function deeper than what is saved."""
     x, dense, _ = data_of(Call(X, KERNEL))
     kernel = sparse_conv.SparseKernel.from_dense(dense)
-    inner = tf.function(lambda x: sparse_conv.conv2d(x, kernel, 1, "SAME"))
+    inner = tf.function(lambda x: ours.conv2d(x, kernel, 1, "SAME"))
     module = tf.Module()
     module.kernel = kernel
     module.call = tf.function(

@@ -103,13 +103,15 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
     assert top == {"sparse_conv", f"sparse_conv-{sparse_conv.__version__}.dist-info"}
     shipped = files(wheel / "sparse_conv")
     assert {"py.typed", "data/chelsea.jpg", "data/README.md"} <= shipped
+    assert {"costs/cpu-avx2.json", "costs/cuda-sm90.json"} <= shipped
     kernels = {f"kernels/{name}" for name in files(ROOT / "kernels")}
     assert any(name.endswith(".cu") for name in kernels)
     assert kernels <= shipped
     modules = {name for name in files(ROOT / "sparse_conv") if name.endswith(".py")}
     assert modules <= shipped
     assert all(
-        name.endswith((".py", ".cu", ".cuh", ".md", ".jpg")) or name == "py.typed"
+        name.endswith((".py", ".cu", ".cuh", ".md", ".jpg", ".json"))
+        or name == "py.typed"
         for name in shipped
     )
 

@@ -12,9 +12,9 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sparse_conv
 from sparse_conv import SparseKernel
 from sparse_conv.pattern import Pattern
+from tests import ours
 from tests.strategies import DTYPES, Call, make_data, numpy_dtype
 
 
@@ -215,9 +215,9 @@ def test_assignment_to_values_is_seen(backend):
     dense = dense_kernel((3, 3, 4, 6))
     x = tf.ones((2, 6, 6, 4))
     kernel = SparseKernel.from_dense(dense, trainable=True)
-    y = sparse_conv.conv2d(x, kernel, 1, "SAME")
+    y = ours.conv2d(x, kernel, 1, "SAME")
     kernel.values.assign(2 * kernel.values)
-    doubled = sparse_conv.conv2d(x, kernel, 1, "SAME")
+    doubled = ours.conv2d(x, kernel, 1, "SAME")
     np.testing.assert_array_equal(doubled.numpy(), 2 * y.numpy())
 
 
@@ -250,7 +250,7 @@ def test_restored_values_are_used(tmp_path, backend, trainable, traced):
     other = SparseKernel.from_dense(2 * dense, trainable=trainable)
 
     def call(x):
-        return sparse_conv.conv2d(x, other, 1, "SAME")
+        return ours.conv2d(x, other, 1, "SAME")
 
     call = tf.function(call) if traced else call
     x = tf.ones((2, 6, 6, 4))
@@ -266,7 +266,7 @@ def test_fixed_values_of_a_traced_function_are_not_restored(tmp_path):
     path = tf.train.Checkpoint(kernel=kernel).save(str(tmp_path / "model"))
     for scale in (1, 2):
         other = SparseKernel.from_dense(scale * dense)
-        traced = tf.function(lambda x, k=other: sparse_conv.conv2d(x, k, 1, "SAME"))
+        traced = tf.function(lambda x, k=other: ours.conv2d(x, k, 1, "SAME"))
         traced(tf.ones((2, 6, 6, 4)))
         checkpoint = tf.train.Checkpoint(kernel=other)
         if scale == 1:
@@ -327,7 +327,7 @@ def test_checkpoint_with_an_optimizer(tmp_path):
             checkpoint.restore(path)
         for _ in range(steps):
             with tf.GradientTape() as tape:
-                loss = tf.reduce_sum(sparse_conv.conv2d(x, kernel, 1, "SAME") ** 2)
+                loss = tf.reduce_sum(ours.conv2d(x, kernel, 1, "SAME") ** 2)
             gradients = tape.gradient(loss, kernel.trainable_variables)
             optimizer.apply(gradients, kernel.trainable_variables)
         return kernel, checkpoint
@@ -357,7 +357,7 @@ def test_dies_with_its_last_reference(backend):
     x = tf.ones((2, 6, 6, 4))
     with tf.GradientTape() as tape:
         tape.watch([x, kernel.values])
-        y = sparse_conv.conv2d(x, kernel, 2, "SAME")
+        y = ours.conv2d(x, kernel, 2, "SAME")
     tape.gradient(y, [x, kernel.values])
     references = [
         weakref.ref(object_) for object_ in (kernel, kernel.pattern, kernel.values)
@@ -381,7 +381,7 @@ def test_one_kernel_serves_every_geometry(backend):
                     for filters in (kernel, tf.constant(dense)):
                         with tf.GradientTape() as tape:
                             tape.watch(x)
-                            y = sparse_conv.conv2d(x, filters, *options)
+                            y = ours.conv2d(x, filters, *options)
                         results.append((y, tape.gradient(y, x)))
                     for a, b in zip(*results, strict=True):
                         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-12)
@@ -396,7 +396,7 @@ def test_one_kernel_serves_inputs_of_any_groups(backend):
         for filters in (kernel, tf.constant(dense)):
             with tf.GradientTape() as tape:
                 tape.watch(x)
-                y = sparse_conv.conv2d(x, filters, 1, "SAME")
+                y = ours.conv2d(x, filters, 1, "SAME")
             results.append((y, tape.gradient(y, x)))
         for a, b in zip(*results, strict=True):
             np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-12)

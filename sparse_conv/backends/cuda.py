@@ -95,7 +95,7 @@ def fprop(
         activation,
         has_bias=has_bias,
         has_order=False,
-        device=_limits(place),
+        device=limits(place),
     )
     rows = None
     if pattern is not None:
@@ -124,7 +124,7 @@ def dgrad(
         _nonzeros(problem, pattern),
         has_bias=False,
         has_order=pattern is not None,
-        device=_limits(place),
+        device=limits(place),
     )
     rows = None
     if pattern is not None:
@@ -152,7 +152,7 @@ def wgrad(
         dtype.name,
         _nonzeros(problem, pattern),
         dense=pattern is None,
-        device=_limits(place),
+        device=limits(place),
     )
     fixed: dict[str, Memory] = {"origins": _origins(gather, place)}
     shape = problem.kernel_shape
@@ -187,7 +187,7 @@ def machine(place: Place) -> costs.Machine:
 
     device = cupy.cuda.Device(bridge.ordinal_of(place))
     kind = f"cuda-sm{device.compute_capability}"
-    return costs.Machine(kind, _limits(place).multiprocessors, WARP)
+    return costs.Machine(kind, limits(place).multiprocessors, WARP)
 
 
 def estimates(
@@ -201,7 +201,7 @@ def estimates(
     """What each algorithm would take; see `sparse_conv.backends`."""
     del has_pattern
     predicted = cuda_costs.generic_microseconds(
-        pass_name, problem, dtype.name, nnz, _limits(place), machine(place)
+        pass_name, problem, dtype.name, nnz, limits(place), machine(place)
     )
     return (
         Estimate("generic", predicted, f"functions that read the {nnz} weights"),
@@ -322,7 +322,8 @@ def _compressed(w: tf.Tensor, gather: Gather, launch: Launch, place: Place) -> O
 
 
 @functools.cache
-def _limits(place: Place) -> plan.DeviceLimits:
+def limits(place: Place) -> plan.DeviceLimits:
+    """What a plan has to know of a GPU."""
     import cupy
 
     attributes = cupy.cuda.Device(bridge.ordinal_of(place)).attributes

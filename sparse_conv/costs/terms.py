@@ -12,6 +12,8 @@ from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.problem import Problem
 
 _MEGA = 1e6
+# Vector operations that a unit does while others are called.
+_LITTLE_WORK = 1e5
 
 
 def gather_of(pass_name: str, problem: Problem) -> Gather:
@@ -32,8 +34,9 @@ def sparse_terms(
         machine: Its lanes decide how much of a short image is wasted.
 
     Returns:
-        "call" (1), "products" (millions), "read", "write" (megabytes) and "sums"
-        (millions of outputs, or of pixels that a gradient reads).
+        "call" (1), "sharing" (near 0 for so little work that one unit does it, near 1
+        for much), "products" (millions), "read", "write" (megabytes), "sums" (millions
+        of outputs, or of pixels that a gradient reads) and "entries" (millions).
     """
     gather = gather_of(pass_name, problem)
     h, w = gather.h, gather.w
@@ -46,12 +49,17 @@ def sparse_terms(
     share = _MEGA * machine.units
     read = gather.n * h.inputs * w.inputs * gather.in_channels
     write = gather.n * h.outputs * w.outputs * gather.out_channels
+    products = nnz / (h.row_sets * w.row_sets) * cells
+    sums = cells * gather.out_channels
+    work = (products + 8 * sums + read + write) / lanes
     return {
         "call": 1.0,
-        "products": nnz / (h.row_sets * w.row_sets) * cells / share,
+        "sharing": work / (work + _LITTLE_WORK),
+        "products": products / share,
         "read": read * itemsize / share,
         "write": write * itemsize / share,
-        "sums": cells * gather.out_channels / share,
+        "sums": sums / share,
+        "entries": nnz / share,
     }
 
 
@@ -69,7 +77,9 @@ def dense_terms(
 
     Returns:
         "call" (1), "products" with the channels written rounded up, "both" with all of
-        them rounded up (millions), "read", "write" and "weights" (megabytes).
+        them rounded up, "unaligned" the same where they are no multiple of 4
+        (millions), "read", "write" and "weights" (megabytes), and "taps" (thousands,
+        undivided: they follow each other).
     """
     p = problem
     ins, outs = p.group_channels, p.k // p.groups
@@ -78,10 +88,13 @@ def dense_terms(
         ins, outs, read, write = outs, ins, write, read
     pixels = p.n * p.p * p.q * p.r * p.s * p.groups
     share = _MEGA * machine.units
+    both = pixels * _rounded(ins, lanes) * _rounded(outs, lanes) / share
     return {
         "call": 1.0,
+        "taps": p.r * p.s / 1e3,
         "products": pixels * ins * _rounded(outs, lanes) / share,
-        "both": pixels * _rounded(ins, lanes) * _rounded(outs, lanes) / share,
+        "both": both,
+        "unaligned": both if outs % 4 else 0.0,
         "read": read * itemsize / share,
         "write": write * itemsize / share,
         "weights": math.prod(p.kernel_shape) * itemsize / share,
