@@ -11,12 +11,13 @@ The two talk in lines of JSON: a request {"kind": ..., "case": ...}, an entry of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +44,48 @@ class Fp32Process:
         """
         self._words = json.dumps({"device": kind, "effort": asdict(effort)})
         self._process: subprocess.Popen | None = None
+        self._entries: dict[tuple[str, Case], dict[str, Any]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="sparse_conv_bench_")
         self._log = Path(self._folder.name, "log")
 
     def entry(self, kind: str, case: Case) -> dict[str, Any]:
         """The entry of a row for TensorFlow with TF32 off.
 
+        Zeros are nothing to a dense convolution: the entry of another density serves.
+
         Args:
             kind: "convolution" or "training".
             case: The convolution.
 
         Returns:
-            What `measure.fill_row` puts into a row.
+            What `measure.fill_row` puts into a row, and "of", the case it was
+            measured on.
 
         Raises:
             BenchError: The process failed.
         """
+        shape = (kind, replace(case, group="", position="", density=0.0))
+        if shape not in self._entries:
+            entry = self._ask({"kind": kind, "case": asdict(case)})
+            self._entries[shape] = {**entry, "of": str(case)}
+        return self._entries[shape]
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            # A process that failed has not read its last request.
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+            self._process.stdout.close()
+        self._folder.cleanup()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self._process is None:
             self._process = self._start()
         process = self._process
         try:
-            process.stdin.write(json.dumps({"kind": kind, "case": asdict(case)}) + "\n")
+            process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -73,14 +95,6 @@ class Fp32Process:
             log = self._log.read_text(errors="replace")
             raise BenchError(f"the float32 process failed:\n{log[-2000:]}")
         return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        if self._process is not None:
-            self._process.stdin.close()
-            self._process.wait()
-            self._process.stdout.close()
-        self._folder.cleanup()
 
     def _start(self) -> subprocess.Popen:
         with self._log.open("w") as log:

@@ -20,7 +20,7 @@ from bench.machine import Target
 from bench.measure import Bench, Report, Row, add_fp32, begin_row, fill_row
 from bench.results import Results
 from bench.session import Session
-from bench.sides import Side, record, rotation
+from bench.sides import Side, random_tensor, record, rotation
 
 # Each does the useful FMAs once, and so the floor counts them.
 PASSES = 3
@@ -77,9 +77,9 @@ def measure_step(case: Case, bench: Bench, tell: Report) -> Row:
 
 def _operands(case: Case, kernel: np.ndarray, target: Target) -> Operands:
     count = rotation(2 * case.io_bytes, target.cache_bytes, on_gpu=target.on_gpu)
-    x, dense = tf.constant(case.input()), tf.constant(kernel)
-    random = np.random.default_rng(3).standard_normal(case.output_shape, np.float32)
-    dy = tf.cast(tf.constant(random), x.dtype)
+    x = random_tensor(case.input_shape, case.dtype, 1)
+    dy = random_tensor(case.output_shape, case.dtype, 2)
+    dense = tf.constant(kernel)
     wide = [tf.cast(tensor, tf.float64) for tensor in (x, dense, dy)]
     exact = _step(lambda x: tf.nn.conv2d(x, wide[1], 1, "SAME"), wide[0], *wide[1:])
     return Operands(

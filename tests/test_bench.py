@@ -5,13 +5,15 @@ No time is asserted anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from bench import (
     compare,
     crossover,
     fp32,
+    gate,
     gpu_code,
     machine,
     measure,
@@ -196,6 +199,140 @@ def test_the_gpu_text_compiles_for_every_architecture(file):
         options = [*gpu_code.OPTIONS, f"-arch=sm_{architecture}"]
         status, log = compile_text(text, f"{file}.cu", options)
         assert status == 0, log
+
+
+# The gate, on a GPU that is only simulated.
+
+
+class SimulatedGpu:
+    """A host and a device, each with a clock in microseconds."""
+
+    def __init__(self):
+        self.host = 0.0
+        self.device = 0.0
+
+    def work(self, device_us: float, host_us: float = 1.0):
+        self.host += host_us
+        self.device = max(self.device, self.host) + device_us
+
+    def wait(self):
+        self.host = max(self.host, self.device)
+
+    def install(self, monkeypatch):
+        gpu = self
+
+        class Event:
+            def record(self, stream):
+                gpu.work(0.0)
+                self.time = gpu.device
+
+            @property
+            def done(self):
+                return gpu.host >= self.time
+
+            def synchronize(self):
+                gpu.host = max(gpu.host, self.time)
+
+        class Step:
+            def __init__(self, file, launch, ordinal):
+                assert (file, launch.function) == ("gpu", "bench_gate")
+                self.hold_us = int.from_bytes(launch.constants, "little") / 1e3
+
+            def run(self, operands, stream):
+                gpu.work(self.hold_us)
+
+        cuda = SimpleNamespace(
+            Event=Event,
+            get_elapsed_time=lambda start, end: (end.time - start.time) / 1e3,
+            runtime=SimpleNamespace(memsetAsync=lambda *words: gpu.work(20.0)),
+        )
+        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+        lane = SimpleNamespace(stream=SimpleNamespace(ptr=0))
+        ordered = contextlib.nullcontext(lane)
+        monkeypatch.setattr(gate.streams, "ordered", lambda ordinal: ordered)
+        monkeypatch.setattr(gate.streams, "has_context_events", lambda: True)
+        monkeypatch.setattr(gate.bridge, "ordinal_of", lambda place: 0)
+        monkeypatch.setattr(gate, "Step", Step)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    simulated = SimulatedGpu()
+    simulated.install(monkeypatch)
+    return simulated
+
+
+def test_the_gate_times_the_device_though_the_host_is_slower(gpu, target):
+    shut = gate.Gate(target.place, 1 << 20)
+
+    def enqueue(count):
+        for _ in range(count):
+            gpu.work(device_us=10.0, host_us=60.0)
+
+    sampler = shut.sampler(enqueue)
+    assert sampler.sample() == pytest.approx(10.0, rel=1e-6)
+    assert sampler.calls > 1
+
+
+def test_the_gate_refuses_calls_that_wait_for_the_device(gpu, target):
+    shut = gate.Gate(target.place, 1 << 20)
+
+    def enqueue(count):
+        for _ in range(count):
+            gpu.work(10.0)
+            gpu.wait()
+
+    with pytest.raises(gate.GateError, match="gate is shut"):
+        shut.sampler(enqueue)
+
+
+def test_launches_are_enqueued_again_in_turns(gpu, target):
+    made = []
+
+    class Launched:
+        def run(self, operands, stream):
+            made.append(operands)
+
+    calls = [[(Launched(), "a"), (Launched(), "b")], [(Launched(), "c")]]
+    enqueue = gate.Gate(target.place, 1 << 20).replay(calls)
+    enqueue(1)
+    enqueue(2)
+    assert made == ["a", "b", "c", "a", "b"]
+
+
+def test_the_packages_launches_are_recorded(monkeypatch):
+    ran = []
+    monkeypatch.setattr(gate.streams.Step, "run", lambda *words: ran.append(words))
+    step = object.__new__(gate.streams.Step)
+    with gate.recorded_launches() as launches:
+        step.run({"x": 1}, "stream")
+    step.run({"x": 2}, "stream")
+    assert launches == [(step, {"x": 1})]
+    assert ran == [(step, {"x": 1}, "stream"), (step, {"x": 2}, "stream")]
+
+
+def test_both_kinds_of_time_are_taken_on_a_gpu(target, gpu, monkeypatch):
+    """The whole way of a row, with the CPU's tensors behind a simulated gate."""
+    monkeypatch.setattr(measure, "why_not_naive", lambda *words: "needs a GPU")
+    as_gpu = replace(target, kind="GPU")
+    shut = gate.Gate(target.place, 1 << 20)
+    asked = []
+
+    def in_fp32(kind, case):
+        asked.append((kind, case))
+        return {"error": 1e-7, "error_limit": 1e-6, "device_us": quartiles(9.0)}
+
+    run = measure.Bench(as_gpu, shut, QUICK, "generic", fp32=in_fp32)
+    monkeypatch.setattr(shut, "_try_time_us", lambda enqueue, n: enqueue(n) or 7.0 * n)
+    row = measure.measure(SMALL[0], run, lambda step: None)
+    assert asked == [("convolution", SMALL[0])]
+    for name in ("ours", "dense"):
+        entry = row["sides"][name]
+        assert entry["device_us"]["median"] == pytest.approx(7.0)
+        assert entry["enqueued"] == "calls"
+        assert "call_us" in entry
+    assert set(row["sides"]) == {"ours", "dense", "dense_fp32", "naive"}
+    json.dumps(row, allow_nan=False)
 
 
 # What is refused.
