@@ -38,7 +38,19 @@ def ratio_spread(row: dict[str, Any], side: str, kind: str) -> tuple[float, floa
     return theirs["q1"] / ours["q3"], theirs["q3"] / ours["q1"]
 
 
-def floor_fraction(row: dict[str, Any], kind: str) -> float | None:
+def floor_us(row: dict[str, Any], machine: dict[str, Any]) -> float:
+    """The time that the device needs at least.
+
+    To move the bytes, or to do the FMAs that are not with zeros, whichever is longer.
+    """
+    bytes_s = row["io_bytes"] / machine["bandwidth_bytes_per_s"]
+    fmas_s = row["useful_fmas"] / machine["peak_fmas_per_s"]
+    return max(bytes_s, fmas_s) * 1e6
+
+
+def floor_fraction(
+    row: dict[str, Any], kind: str, machine: dict[str, Any]
+) -> float | None:
     """The part of our time that the device needs at least; None without such a floor.
 
     TensorFlow's convolution visits the zeros, and may do so in tensor cores: the floor
@@ -46,7 +58,7 @@ def floor_fraction(row: dict[str, Any], kind: str) -> float | None:
     """
     ours = median_us(row, "ours", kind)
     dense = "dense" in row["sides"].get("ours", {}).get("algorithm", "")
-    return None if ours is None or dense else row["floor_us"] / ours
+    return None if ours is None or dense else floor_us(row, machine) / ours
 
 
 def geometric_mean(numbers: Iterable[float | None]) -> float | None:

@@ -95,7 +95,7 @@ def _dense_row(shape: Case, session: Session, tell: Report) -> Row:
     kernel = shape.kernel()
     bench = session.bench
     operands = make_operands(shape, kernel, bench.target)
-    row = begin_row(shape, useful_fmas(shape, kernel), bench.target)
+    row = begin_row(shape, useful_fmas(shape, kernel))
     side = dense_side(shape, operands, bench.target, tf32=True)
     fill_row(row, [side], len(operands.inputs), bench, tell)
     add_fp32(row, "convolution", shape, bench, tell)
@@ -117,7 +117,7 @@ def _our_times(case: Case, session: Session, tell: Report) -> dict[str, Any]:
             entries[algorithm] = {"refused": str(error)}
             continue
         side = our_side(case, operands, bench.target, prepared)
-        row = begin_row(case, useful_fmas(case, kernel), bench.target)
+        row = begin_row(case, useful_fmas(case, kernel))
         fill_row(row, [side], len(operands.inputs), bench, tell)
         entries[algorithm] = row["sides"]["ours"]
     return entries

@@ -11,13 +11,12 @@ Knows where names and versions are found. Knows nothing of convolutions.
 
 from __future__ import annotations
 
-import math
 import platform
 import re
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -56,15 +55,11 @@ class Target:
         kind: "GPU" or "CPU".
         place: The device, as the package knows it.
         cache_bytes: Size of its last cache: L2 of a GPU, L3 of a CPU.
-        bandwidth: Bytes a second that it reads and writes; NaN before it is measured.
-        peak: float32 FMAs a second; NaN before it is measured.
     """
 
     kind: str
     place: Place
     cache_bytes: int
-    bandwidth: float = math.nan
-    peak: float = math.nan
 
     @property
     def on_gpu(self) -> bool:
@@ -106,7 +101,7 @@ def set_threads(threads: int) -> None:
 
 
 def find_target(kind: str) -> Target:
-    """The first device of that kind, not measured yet."""
+    """The first device of that kind."""
     with tf.device(f"/{kind}:0"):
         place = bridge.place_of(tf.constant(0.0))
     if kind == "GPU":
@@ -116,34 +111,28 @@ def find_target(kind: str) -> Target:
     return Target(kind, place, cache_bytes)
 
 
-def measure_target(kind: str) -> Target:
-    """The first device of that kind, with its bandwidth and peak measured."""
-    target = find_target(kind)
-    with tf.device(target.place.device):
-        if target.on_gpu:
-            bandwidth = _gpu_bandwidth()
-            peak = _gpu_peak(bridge.ordinal_of(target.place))
-        else:
-            bandwidth, peak = _cpu_bandwidth(), _matrix_rate()
-    return replace(target, bandwidth=bandwidth, peak=peak)
-
-
 def gate_of(target: Target) -> Gate | None:
     """The device's gate; None on a CPU."""
     return Gate(target.place, target.cache_bytes) if target.on_gpu else None
 
 
 def describe(target: Target) -> dict[str, Any]:
-    """Everything about the machine that the results keep."""
+    """Everything about the machine that the results keep, with what it measures."""
+    with tf.device(target.place.device):
+        if target.on_gpu:
+            bandwidth = _gpu_bandwidth()
+            peak = _gpu_peak(bridge.ordinal_of(target.place))
+        else:
+            bandwidth, peak = _cpu_bandwidth(), _matrix_rate()
     return {
         "device": target.kind,
         "name": gpu_names()[0] if target.on_gpu else _cpu_name(),
         "cpu": _cpu_name(),
         "gpu": _gpu_details(target.place) if target.on_gpu else None,
         "cache_bytes": target.cache_bytes,
-        "bandwidth_bytes_per_s": target.bandwidth,
+        "bandwidth_bytes_per_s": bandwidth,
         "bandwidth_source": "measured: 256 MiB of float32 are negated",
-        "peak_fmas_per_s": target.peak,
+        "peak_fmas_per_s": peak,
         "peak_source": (
             "measured: chains of FMAs in registers"
             if target.on_gpu
@@ -279,9 +268,10 @@ def _matrix_rate() -> float:
     return _MATRIX**3 / _shortest_s(lambda: tf.matmul(a, a))
 
 
-def _shortest_s(call: Callable[[], object], repeats: int = 6) -> float:
-    times = []
-    for _ in range(repeats):
+def _shortest_s(call: Callable[[], object]) -> float:
+    """The shortest time of a call, in a second's worth of them and at least five."""
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < 1:
         tf.test.experimental.sync_devices()
         begin = time.perf_counter()
         result = call()

@@ -70,7 +70,7 @@ def measure(case: Case, bench: Bench, report: Report) -> Row:
     kernel = case.kernel()
     fmas = useful_fmas(case, kernel)
     operands = make_operands(case, kernel, bench.target)
-    row = begin_row(case, fmas, bench.target)
+    row = begin_row(case, fmas)
     sides = []
     report("compiling")
     try:
@@ -110,34 +110,23 @@ def dense_entry(case: Case, bench: Bench) -> Row:
     return row["sides"][side.name]
 
 
-def begin_row(
-    case: Case, fmas: int, target: Target, io_bytes: int | None = None
-) -> Row:
-    """A row without contenders: what was computed, and how fast that could be at all.
-
-    The floor is the time that the device needs at least: to move the bytes, or to do
-    the FMAs that are not with zeros, whichever is longer.
+def begin_row(case: Case, fmas: int, io_bytes: int | None = None) -> Row:
+    """A row without contenders: what is computed, and what decides its floor.
 
     Args:
         case: The convolution.
-        fmas: The FMAs.
-        target: The device.
+        fmas: The FMAs that are not with zeros.
         io_bytes: The bytes; None means to read the input and write the output once.
 
     Returns:
         The row.
     """
-    io_bytes = case.io_bytes if io_bytes is None else io_bytes
-    bytes_us = io_bytes / target.bandwidth * 1e6
-    fmas_us = fmas / target.peak * 1e6
     return {
         "key": str(case),
         "case": asdict(case),
         "shape": case.shape_text,
         "useful_fmas": fmas,
-        "io_bytes": io_bytes,
-        "floor_us": max(bytes_us, fmas_us),
-        "floor_is": "bytes" if bytes_us >= fmas_us else "FMAs",
+        "io_bytes": case.io_bytes if io_bytes is None else io_bytes,
         "sides": {},
     }
 

@@ -98,7 +98,7 @@ def _plain(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.7g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -134,7 +134,11 @@ def _draw_times(axes: Any, rows: list[Row], kind: str, results: Results) -> None
     for side in (*MARKERS, "floor"):
         colour, label = COLOURS[side], labels[side]
         if side == "floor":
-            points = [(row["case"]["position"], row["floor_us"]) for row in rows]
+            described = results.document["machine"]
+            points = [
+                (row["case"]["position"], compare.floor_us(row, described))
+                for row in rows
+            ]
             axes.plot(*zip(*points, strict=True), "--", color=colour, label=label, lw=1)
             continue
         known = [row for row in rows if median_us(row, side, kind) is not None]
@@ -242,14 +246,12 @@ def _summary(groups: dict[str, list[Row]], kind: str, results: Results) -> Path:
     sparse = [row for rows in groups.values() for row in rows if _is_sparse(row)]
     mean = geometric_mean(ratio(row, "dense", kind) for row in sparse)
     if mean is not None:
-        figure.suptitle(
-            f"{mean:.1f} times as fast as {labels['dense']}: geometric mean of "
-            f"{len(sparse)} points at density 0.1",
-            fontsize=12,
-            # Above the legend, which the layout does not know to avoid.
-            y=1.02,
-            va="bottom",
+        headline = (
+            f"sparse_conv: {mean:.1f} times as fast as {labels['dense']}, the geometric "
+            f"mean of {len(sparse)} points at density 0.1"
         )
+        # Not a title of the figure, whose place the legend takes.
+        figure.text(0.5, 1.01, headline, ha="center", va="bottom", fontsize=12)
     return _save(figure, results, "summary")
 
 

@@ -104,7 +104,7 @@ def _convolutions(results: Results) -> list[str]:
     rows, parts = results.rows, []
     kind, sides = compare.kind_of(rows), _sides(rows)
     for title, part in _sections(rows, _title):
-        parts += [f"## {title}", _times_table(part, kind, sides)]
+        parts += [f"## {title}", _times_table(part, kind, sides, results)]
     parts += ["## Summary", *_summary(rows, kind, sides), *_refusals(rows)]
     return parts
 
@@ -116,7 +116,9 @@ def _title(row: Row) -> str:
     return case["group"]
 
 
-def _times_table(rows: Sequence[Row], kind: str, sides: Sequence[str]) -> str:
+def _times_table(
+    rows: Sequence[Row], kind: str, sides: Sequence[str], results: Results
+) -> str:
     """Times of all contenders, our ratios, the floor and the error."""
     on_gpu = kind == "device_us"
     header = ["convolution", "density", "algorithm", "ours, us"]
@@ -128,7 +130,7 @@ def _times_table(rows: Sequence[Row], kind: str, sides: Sequence[str]) -> str:
 
     def cells(row: Row) -> list[str]:
         ours = row["sides"].get("ours", {})
-        fraction = floor_fraction(row, kind)
+        fraction = floor_fraction(row, kind, results.document["machine"])
         line = [row["shape"], f"{row['case']['density']:g}", _algorithm(ours)]
         line += [_time(row, side, kind) for side in ("ours", *sides)]
         line += [number(ratio(row, side, kind)) for side in sides]
@@ -196,7 +198,7 @@ def _training(results: Results) -> list[str]:
     rows = results.rows
     kind, sides = compare.kind_of(rows), _sides(rows)
     summary = _summary(rows, kind, sides)
-    return [_times_table(rows, kind, sides), *summary, *_refusals(rows)]
+    return [_times_table(rows, kind, sides, results), *summary, *_refusals(rows)]
 
 
 def _crossover(results: Results) -> list[str]:

@@ -64,7 +64,7 @@ def measure_step(case: Case, bench: Bench, tell: Report) -> Row:
     operands = _operands(case, kernel, bench.target)
     fmas = PASSES * useful_fmas(case, kernel)
     # Input, output and the gradients of both.
-    row = begin_row(case, fmas, bench.target, io_bytes=2 * case.io_bytes)
+    row = begin_row(case, fmas, io_bytes=2 * case.io_bytes)
     tell("compiling")
     sides = [
         _our_side(case, operands, bench),

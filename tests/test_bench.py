@@ -60,7 +60,7 @@ QUICK = timing.Effort(0.0, fewest=1, most=1)
 def target():
     with tf.device("/CPU:0"):
         place = machine.bridge.place_of(tf.constant(0.0))
-    return machine.Target("CPU", place, 1 << 20, 1e10, 1e10)
+    return machine.Target("CPU", place, 1 << 20)
 
 
 def exact(case: Case) -> np.ndarray:
@@ -491,9 +491,10 @@ def test_ratios_are_of_times_of_one_kind():
 
 def test_the_floor_is_none_where_dense_was_chosen():
     row = gpu_row(SMALL[0])
-    assert compare.floor_fraction(row, "device_us") == pytest.approx(0.5)
+    assert compare.floor_us(row, MACHINE) == pytest.approx(5.0)
+    assert compare.floor_fraction(row, "device_us", MACHINE) == pytest.approx(0.5)
     row["sides"]["ours"]["algorithm"] = "fprop generic, dgrad dense"
-    assert compare.floor_fraction(row, "device_us") is None
+    assert compare.floor_fraction(row, "device_us", MACHINE) is None
 
 
 # Files.
@@ -523,7 +524,8 @@ def gpu_row(case: Case) -> dict:
         "key": str(case),
         "case": asdict(case),
         "shape": case.shape_text,
-        "floor_us": 5.0,
+        "useful_fmas": 150_000_000,
+        "io_bytes": 1000,
         "sides": entries,
     }
 
@@ -569,8 +571,11 @@ def test_results_survive_being_cut_off_and_go_on(tmp_path):
     for case in SMALL[:2]:
         first.add(gpu_row(case))
         assert results.load(path).document == first.document
-    again = begin(path, resume=True)
+    slower = {**MACHINE, "peak_fmas_per_s": 1e12, "bandwidth_bytes_per_s": 9e12}
+    again = begin(path, resume=True, described=slower)
     assert again.rows == first.rows
+    assert again.document["machine"]["peak_fmas_per_s"] == 3e13
+    assert again.document["machine"]["bandwidth_bytes_per_s"] == 9e12
     assert again.has(str(SMALL[1]))
     assert not again.has(str(SMALL[2]))
     assert not begin(path, resume=False).rows
