@@ -34,6 +34,8 @@ AXES = {
     "image size": "height and width of the image",
 }
 _DENSITY_COLOURS = ("#08306b", "#2171b5", "#6baed6", "#e6a23c", "#c0392b")
+# Where a legend goes: on top of the figure, which is saved with all that it has.
+_ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
 _STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -242,16 +244,15 @@ def _summary(groups: dict[str, list[Row]], kind: str, results: Results) -> Path:
         _plain(axes.yaxis)
     panels[0][0].set_ylabel(f"times as fast ({_kind_text(kind)})")
     handles, texts = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper center", ncols=3, fontsize=9)
+    figure.legend(handles, texts, ncols=3, fontsize=9, **_ABOVE)
     sparse = [row for rows in groups.values() for row in rows if _is_sparse(row)]
     mean = geometric_mean(ratio(row, "dense", kind) for row in sparse)
     if mean is not None:
         headline = (
-            f"sparse_conv: {mean:.1f} times as fast as {labels['dense']}, the geometric "
-            f"mean of {len(sparse)} points at density 0.1"
+            f"sparse_conv: {mean:.1f} times as fast as {labels['dense']}, "
+            f"the geometric mean of {len(sparse)} points at density 0.1"
         )
-        # Not a title of the figure, whose place the legend takes.
-        figure.text(0.5, 1.01, headline, ha="center", va="bottom", fontsize=12)
+        figure.text(0.5, 1.09, headline, ha="center", va="bottom", fontsize=12)
     return _save(figure, results, "summary")
 
 
@@ -337,7 +338,7 @@ def _crossover(results: Results) -> list[Path]:
     axes.set_xlabel("density up to which sparse_conv is faster")
     axes.set_yticks(range(len(rows)), [row["shape"] for row in rows], fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
+    figure.legend(ncols=2, fontsize=9, **_ABOVE)
     return [_save(figure, results, "crossover")]
 
 
@@ -393,7 +394,7 @@ def _bars(
     axes.invert_yaxis()
     if name == "training":
         axes.axvline(1, color=COLOURS["floor"], lw=1)
-    figure.legend(loc="outside upper center", ncols=3, fontsize=9)
+    figure.legend(ncols=3, fontsize=9, **_ABOVE)
     return _save(figure, results, name)
 
 
