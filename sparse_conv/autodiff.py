@@ -9,13 +9,15 @@ follows. Knows tapes and custom gradients; knows no back end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import tensorflow as tf
 
-from sparse_conv import execution
+from sparse_conv import execution, graph_execution
 from sparse_conv.activations import LINEAR, Activation
-from sparse_conv.execution import Convolution, RuntimeShape, Shape
+from sparse_conv.convolution import Convolution
+from sparse_conv.graph_execution import RuntimeShape, Shape
 from sparse_conv.tf_internals import (
     could_possibly_record,
     needs_gradient,
@@ -51,13 +53,13 @@ def fprop(
         The output.
     """
     if not could_possibly_record() and tf.executing_eagerly():
-        return execution.eager_fprop(convolution, x, w, bias, activation)
+        return execution.fprop(convolution, x, w, bias, activation)
     if activation.gradient is None and x.dtype.is_floating:
         # Its gradient needs what goes into it, so TensorFlow applies and records it.
         return activation.function(fprop(convolution, x, w, bias))
 
     def compute(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        return execution.fprop(convolution, x, w, bias, activation)
+        return _passes().fprop(convolution, x, w, bias, activation)
 
     def gradients(
         operands: Sequence[tf.Tensor],
@@ -83,7 +85,7 @@ def dgrad(
     """The gradient to the input, which has the shape `input_shape`."""
 
     def compute(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
-        return execution.dgrad(convolution, input_shape, dy, w)
+        return _passes().dgrad(convolution, input_shape, dy, w)
 
     def gradients(
         operands: Sequence[tf.Tensor],
@@ -106,7 +108,7 @@ def wgrad(
     """The gradient to the values of the pattern, or to the dense HWIO kernel."""
 
     def compute(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-        return execution.wgrad(convolution, x, dy, kernel_shape)
+        return _passes().wgrad(convolution, x, dy, kernel_shape)
 
     def gradients(
         operands: Sequence[tf.Tensor],
@@ -168,6 +170,11 @@ def _with_graph_gradient(
         return y, gradient
 
     return operation
+
+
+def _passes() -> ModuleType:
+    """What computes a pass: at once, or as a node of the graph under construction."""
+    return execution if tf.executing_eagerly() else graph_execution
 
 
 def _shape(tensor: tf.Tensor) -> Shape:

@@ -20,8 +20,9 @@ import tensorflow as tf
 from sparse_conv import backends, choice, dense
 from sparse_conv.bridge import HOST, Place, gpu_place, place_of
 from sparse_conv.choice import PASSES
+from sparse_conv.convolution import Convolution, Pass
 from sparse_conv.costs import Estimate
-from sparse_conv.execution import Convolution, Pass, build_run
+from sparse_conv.execution import build_run
 from sparse_conv.ops import convolution_of, geometry_of
 from sparse_conv.problem import Problem
 from sparse_conv.sparse_kernel import SparseKernel, check_dtype

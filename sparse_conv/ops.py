@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from sparse_conv import activations, autodiff, dense
 from sparse_conv.activations import Activation
-from sparse_conv.execution import Convolution, check_operands
+from sparse_conv.convolution import Convolution, check_operands
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import Geometry, normalize_geometry
 from sparse_conv.sparse_kernel import SparseKernel

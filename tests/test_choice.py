@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import types
 import weakref
@@ -18,8 +19,8 @@ import sparse_conv
 from sparse_conv import backends, costs, dense, explanation
 from sparse_conv.bridge import HOST, gpu_place, place_of
 from sparse_conv.choice import PASSES, Question, choose
+from sparse_conv.convolution import Convolution
 from sparse_conv.costs import Estimate, Machine
-from sparse_conv.execution import Convolution
 from sparse_conv.problem import make_problem, normalize_geometry
 from tests import ours
 from tests.strategies import Call, calls, make_data
@@ -102,6 +103,25 @@ def test_dense_multiplies_zeros_as_tensorflow_does(small):
     np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+def test_kernel_without_nonzeros(backend, traced):
+    kernel = sparse_conv.SparseKernel.from_dense(np.zeros((3, 3, 4, 6), np.float32))
+    x = tf.fill((1, 5, 5, 4), np.float32(np.inf))
+
+    def step(x, algorithm):
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel.values])
+            y = sparse_conv.conv2d(x, kernel, 1, "SAME", algorithm=algorithm)
+        return [y, *tape.gradient(y, [x, kernel.values])]
+
+    for algorithm, value in (("auto", 0), ("generic", 0), ("dense", np.nan)):
+        function = functools.partial(step, algorithm=algorithm)
+        y, dx, dw = (tf.function(function) if traced else function)(x)
+        np.testing.assert_array_equal(y.numpy(), np.full((1, 5, 5, 6), value))
+        np.testing.assert_array_equal(dx.numpy(), np.zeros((1, 5, 5, 4)))
+        assert dw.shape == (0,)
+
+
 def test_results_live_where_the_operands_live(small):
     x, dense_kernel, kernel = small
     for filters in (dense_kernel, kernel):
@@ -124,11 +144,17 @@ def test_dense_kernel_is_made_once_for_each_tensor(small, monkeypatch):
             y = conv2d_dense(x, kernel, size, "SAME")
         tape.gradient(y, x)
     assert counts["made"] == 1
+
+
+def test_dense_kernel_dies_with_the_values(backend):
+    kernel = sparse_conv.SparseKernel.from_dense(np.ones((3, 3, 4, 6), np.float32))
+    x = tf.ones((1, 5, 5, 4))
+    conv2d_dense(x, kernel, 1, "SAME")
     kept = weakref.ref(dense.kernel_of(kernel.values, kernel.pattern, place_of(x)))
-    del kernel, y, tape
-    del small
-    assert counts["made"] == 1
-    assert kept is not None
+    assert kept() is not None
+    del kernel
+    gc.collect()
+    assert kept() is None
 
 
 def test_new_values_make_a_new_dense_kernel(small):
