@@ -354,8 +354,9 @@ def _training(results: Results) -> list[Path]:
         for side in ("dense", "dense_fp32")
         if any(side in row["sides"] for row in results.rows)
     }
-    label = f"a training step: times as fast ({_kind_text(kind)})"
-    return [_bars(results, "training", rows, bars, labels, label)]
+    label = f"a training step with sparse_conv: times as fast ({_kind_text(kind)})"
+    legend = {side: f"than {labels[side]}" for side in bars}
+    return [_bars(results, "training", rows, bars, legend, label)]
 
 
 def _overhead(results: Results) -> list[Path]:
