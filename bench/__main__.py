@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         a point on which ours is less exact than TensorFlow.
     """
     options = _parser().parse_args(arguments)
-    missing = [m for m in ("matplotlib", "tqdm") if not importlib.util.find_spec(m)]
+    needed = ("tqdm", "matplotlib") if options.plots else ("tqdm",)
+    missing = [module for module in needed if not importlib.util.find_spec(module)]
     if missing:
         print(
             f"error: {' and '.join(missing)} must be installed: pip install '.[bench]'",
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "plot", help="draw the table and the plots of results again"
     )
     command.add_argument("results", type=Path, nargs="+", help="JSON files of results")
-    command.set_defaults(run=_plot)
+    command.set_defaults(run=_plot, plots=True)
     return parser
 
 
@@ -109,6 +110,13 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         help="begin no row after so long; --resume goes on",
     )
     add("--resume", action="store_true", help="keep the rows that were measured before")
+    add(
+        "--no-plots",
+        dest="plots",
+        action="store_false",
+        help="draw nothing; `plot` does it later, on any machine",
+    )
+    add("--commit", help="what to call the checkout where there is no git")
 
 
 def _measure(options: argparse.Namespace, names: Sequence[str]) -> int:
@@ -126,6 +134,8 @@ def _measure(options: argparse.Namespace, names: Sequence[str]) -> int:
             dtypes=tuple(dict.fromkeys(options.dtype or ["float32"])),
             budget=options.budget,
             resume=options.resume,
+            plots=options.plots,
+            commit=options.commit,
         )
     )
     try:
@@ -135,9 +145,12 @@ def _measure(options: argparse.Namespace, names: Sequence[str]) -> int:
 
 
 def _run(session: Session, names: Sequence[str]) -> int:
+    from bench import report
+
     status = 0
     for name in names:
         results = importlib.import_module(f"bench.{name}").run(session)
+        report.publish(results, draw=session.options.plots)
         if name == "accuracy":
             status = int(any(row["ours"] > row["dense"] for row in results.rows))
     return status
@@ -147,7 +160,7 @@ def _plot(options: argparse.Namespace) -> int:
     from bench import report, results
 
     for path in options.results:
-        report.publish(results.load(path))
+        report.publish(results.load(path), draw=True)
     return 0
 
 

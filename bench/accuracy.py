@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import tensorflow as tf
 
-from bench import cases, check, ours, report
+from bench import cases, check, ours
 from bench.cases import Case
 from bench.measure import Report, Row
 from bench.results import Results
@@ -18,13 +18,12 @@ from bench.sides import tensor_float_32
 
 
 def run(session: Session) -> Results:
-    """Compares the errors on all points of the figures, and writes the table."""
+    """Compares the errors on all points of the figures."""
     points = list(cases.figure_cases(on_gpu=session.target.on_gpu))
     if session.options.quick:
         points = [point for point in points if point.h <= 64]
     results = session.results("accuracy")
     session.fill(results, points, lambda case, tell: _row(case, session, tell))
-    report.publish(results)
     return results
 
 

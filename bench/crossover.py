@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from bench import cases, compare, ours, report
+from bench import cases, compare, ours
 from bench.cases import Case, useful_fmas
 from bench.measure import Report, Row, add_fp32, begin_row, fill_row
 from bench.results import Results
@@ -27,13 +27,12 @@ SPARSE = ("generic", "baked")
 
 
 def run(session: Session) -> Results:
-    """Seeks the crossings, and writes the table and the plot."""
+    """Seeks the crossings."""
     shapes = list(cases.crossover_shapes(on_gpu=session.target.on_gpu))
     if session.options.quick:
         shapes = [shape for shape in shapes if shape.n == 1 and shape.h <= 32][:4]
     results = session.results("crossover")
     session.fill(results, shapes, lambda shape, tell: _row(shape, session, tell))
-    report.publish(results)
     return results
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import cases, report
+from bench import cases
 from bench.measure import measure
 from bench.results import Results
 from bench.session import Session
@@ -17,11 +17,10 @@ _QUICK_POINTS = {
 
 
 def run(session: Session) -> Results:
-    """Measures the points, and writes the table and the plots."""
+    """Measures the points."""
     points = list(cases.figure_cases(on_gpu=session.target.on_gpu))
     if session.options.quick:
         points = [p for p in points if _QUICK_POINTS.get(p.group) == p.position]
     results = session.results("figures")
     session.fill(results, points, lambda case, tell: measure(case, session.bench, tell))
-    report.publish(results)
     return results

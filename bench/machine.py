@@ -116,8 +116,16 @@ def gate_of(target: Target) -> Gate | None:
     return Gate(target.place, target.cache_bytes) if target.on_gpu else None
 
 
-def describe(target: Target) -> dict[str, Any]:
-    """Everything about the machine that the results keep, with what it measures."""
+def describe(target: Target, commit: str | None) -> dict[str, Any]:
+    """Everything about the machine that the results keep, with what it measures.
+
+    Args:
+        target: The device.
+        commit: The checkout's commit; None to ask git.
+
+    Returns:
+        The description, ready for JSON.
+    """
     with tf.device(target.place.device):
         if target.on_gpu:
             bandwidth = _gpu_bandwidth()
@@ -141,7 +149,7 @@ def describe(target: Target) -> dict[str, Any]:
         "threads": cpu_threads.thread_count(),
         "tf32_default": tf.config.experimental.tensor_float_32_execution_enabled(),
         "versions": _versions(),
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

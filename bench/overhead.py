@@ -11,7 +11,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 import sparse_conv
-from bench import ours, report
+from bench import ours
 from bench.measure import Report, Row
 from bench.results import Results
 from bench.session import Session
@@ -23,10 +23,9 @@ _Call = Callable[[], tf.Tensor]
 
 
 def run(session: Session) -> Results:
-    """Times the ways of calling, and writes the table."""
+    """Times the ways of calling."""
     results = session.results("overhead")
     session.fill(results, WAYS, lambda way, tell: _row(way, session, tell))
-    report.publish(results)
     return results
 
 

@@ -22,13 +22,13 @@ NAMES = {
 }
 
 
-def publish(results: Results) -> None:
-    """Writes the table and the plots beside the JSON file, and prints the table."""
+def publish(results: Results, *, draw: bool) -> None:
+    """Writes the table and, to `draw`, plots beside the JSON file; prints the table."""
     text = document(results)
     table = results.path.with_suffix(".md")
     table.write_text(text, encoding="utf-8")
     print(text)
-    for path in plots.draw(results):
+    for path in plots.draw(results) if draw else ():
         print(f"plot   {path}")
     print(f"table  {table}")
     print(f"data   {results.path}")

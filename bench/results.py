@@ -19,7 +19,7 @@ from bench import BenchError
 
 SCHEMA = 1
 # Of the machine's description, what has to be the same for a run to go on.
-_SAME = ("name", "threads", "versions")
+_SAME = ("name", "gpu", "threads", "versions", "commit")
 # What it can do at best, of which a disturbed measurement sees less.
 _BEST = ("bandwidth_bytes_per_s", "peak_fmas_per_s")
 

@@ -45,6 +45,8 @@ class Options:
         dtypes: Of the layers.
         budget: Seconds after which no new row is begun.
         resume: Whether to keep rows that are there.
+        plots: Whether to draw; without, Matplotlib is not needed.
+        commit: What the results call the checkout; None to ask git.
     """
 
     out: Path | None = None
@@ -57,6 +59,8 @@ class Options:
     dtypes: tuple[str, ...] = ("float32",)
     budget: float | None = None
     resume: bool = False
+    plots: bool = True
+    commit: str | None = None
 
 
 @dataclass(slots=True)
@@ -92,7 +96,7 @@ class Session:
         begun = time.monotonic()
         kind = machine.choose_device(options.device, options.threads)
         target = machine.find_target(kind)
-        described = machine.describe(target)
+        described = machine.describe(target, options.commit)
         gate = machine.gate_of(target)
         seconds = _SECONDS[kind] * (_QUICK if options.quick else 1)
         effort = Effort(seconds, fewest=2 if options.quick else 3)

@@ -28,7 +28,7 @@ from sparse_conv import bridge
 SIDES = ("ours", "dense", "dense_fp32", "naive")
 # Above this the plain loops take seconds on a CPU.
 MOST_NAIVE_CPU_FMAS = 1.5e9
-_MOST_ROTATION_BYTES = 1 << 30
+_MOST_ROTATION_BYTES = 1 << 29
 _MOST_ROTATION = 40
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import tensorflow as tf
 
 import sparse_conv
-from bench import BenchError, cases, machine, ours, report
+from bench import BenchError, cases, machine, ours
 from bench.cases import Case
 from bench.measure import Report, Row
 from bench.results import Results
@@ -33,7 +33,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(session: Session) -> Results:
-    """Measures the starts, and writes the table."""
+    """Measures the starts."""
     points = [
         case
         for case in cases.figure_cases(on_gpu=session.target.on_gpu)
@@ -43,7 +43,6 @@ def run(session: Session) -> Results:
         points = [point for point in points if point.h <= 32]
     results = session.results("startup")
     session.fill(results, points, lambda case, tell: _row(case, session, tell))
-    report.publish(results)
     return results
 
 

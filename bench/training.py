@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bench import cases, check, ours, report
+from bench import cases, check, ours
 from bench.cases import Case, useful_fmas
 from bench.machine import Target
 from bench.measure import Bench, Report, Row, add_fp32, begin_row, fill_row
@@ -45,7 +45,7 @@ class Operands:
 
 
 def run(session: Session) -> Results:
-    """Measures the steps, and writes the table and the plot."""
+    """Measures the steps."""
     steps = list(cases.training_cases(on_gpu=session.target.on_gpu))
     if session.options.quick:
         steps = [step for step in steps if step.h <= 14 and step.density == 0.1]
@@ -53,7 +53,6 @@ def run(session: Session) -> Results:
     session.fill(
         results, steps, lambda case, tell: measure_step(case, session.bench, tell)
     )
-    report.publish(results)
     return results
 
 
