@@ -240,7 +240,8 @@ def kernel_of(w: tf.Tensor, pattern: Pattern | None, place: Place) -> tf.Tensor:
         return w
     # One tensor may hold the values of several patterns.
     key = ("dense", weakref.ref(pattern), place)
-    return cached(w, key, lambda: _scatter(w, pattern, place))
+    # A copy, since TensorFlow may scatter on another device than it was asked to.
+    return cached(w, key, lambda: tf.identity(_scatter(w, pattern, place)))
 
 
 def _graph_kernel(w: tf.Tensor, pattern: Pattern | None, place: Place) -> tf.Tensor:

@@ -166,12 +166,17 @@ def build_run(
     convolution: Convolution, one: Pass, backend: ModuleType | None, algorithm: str
 ) -> Run:
     """A pass by a given algorithm."""
-    arguments = (one.problem, one.dtype, one.place, convolution.pattern)
+    problem, pattern = one.problem, convolution.pattern
     options: dict[str, Any] = {} if one.name == "wgrad" else {"shape": one.shape}
     if algorithm == "dense":
         if one.name == "fprop":
             options["activation"] = one.activation
+        arguments = (problem, one.dtype, one.place, pattern)
         return getattr(dense, one.name)(*arguments, **options)
+    if pattern is not None:
+        # Empty outer taps would make every tile of the input larger.
+        problem, pattern = problem.cropped(*pattern.tap_range()), pattern.cropped()
+    arguments = (problem, one.dtype, one.place, pattern)
     if one.name == "fprop":
         options |= {"has_bias": one.has_bias, "activation": one.activation.code}
     return getattr(backend, one.name)(*arguments, algorithm=algorithm, **options)

@@ -80,7 +80,7 @@ class PassExplanation:
         return "\n  ".join([*lines, *map(str, self.alternatives)])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Explanation:
     """Which algorithms a convolution takes, and why; `str` gives a table.
 

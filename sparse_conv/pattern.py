@@ -82,6 +82,32 @@ class Pattern:
         c, r = np.divmod(rest, height)
         return r, s, c, k
 
+    def tap_range(self) -> tuple[int, int, int, int]:
+        """The taps that have nonzeros: first row, one past the last, and columns alike.
+
+        A pattern without nonzeros has the range of all taps.
+        """
+        return self.cached("tap_range", self._find_tap_range)
+
+    def cropped(self) -> Pattern:
+        """The pattern without the outer taps that are empty for all channels.
+
+        The order of the values is the same. A pattern without such taps is returned
+        itself.
+        """
+        top, bottom, left, right = self.tap_range()
+        height, width, channels, outputs = self.shape
+        if (bottom - top, right - left) == (height, width):
+            return self
+
+        def crop() -> Pattern:
+            r, s, c, _ = self.coordinates()
+            indices = (c * (bottom - top) + r - top) * (right - left) + s - left
+            shape = (bottom - top, right - left, channels, outputs)
+            return Pattern(shape, self.indptr, indices.astype(np.int32))
+
+        return self.cached("cropped", crop)
+
     def fprop_rows(self) -> Rows:
         """The rows of the forward pass: the pattern as it is."""
         return Rows(self.indptr[:-1], self.indptr[1:], self.indices, None)
@@ -105,6 +131,13 @@ class Pattern:
         It must not hold on to the pattern: memory is freed with the last reference.
         """
         return self._memo.cached(key, build)
+
+    def _find_tap_range(self) -> tuple[int, int, int, int]:
+        height, width, *_ = self.shape
+        if not self.nnz:
+            return 0, height, 0, width
+        r, s, *_ = self.coordinates()
+        return int(r.min()), int(r.max()) + 1, int(s.min()), int(s.max()) + 1
 
     def _transpose(self, gather: Gather) -> Rows:
         height, width, group_channels, outputs = self.shape

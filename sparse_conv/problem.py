@@ -6,6 +6,7 @@ neither TensorFlow nor sparsity: everything here is integers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import numbers
 import operator
@@ -49,7 +50,8 @@ class Problem:
         stride_h: Vertical stride; `stride_w` the horizontal one.
         dilation_h: Vertical dilation; `dilation_w` the horizontal one.
         pad_top: Rows of padding above; `pad_left` columns at the left. What lies
-            below and at the right follows from `p` and `q`.
+            below and at the right follows from `p` and `q`. Negative where the first
+            rows or columns are never read.
         data_format: "NHWC" or "NCHW".
     """
 
@@ -95,6 +97,16 @@ class Problem:
         if self.data_format == "NHWC":
             return (self.n, height, width, channels)
         return (self.n, channels, height, width)
+
+    def cropped(self, top: int, bottom: int, left: int, right: int) -> Problem:
+        """The same outputs by the kernel's rows and columns of these ranges alone."""
+        return dataclasses.replace(
+            self,
+            r=bottom - top,
+            s=right - left,
+            pad_top=self.pad_top - top * self.dilation_h,
+            pad_left=self.pad_left - left * self.dilation_w,
+        )
 
     def __str__(self) -> str:
         """A short name that reads well as a test id."""

@@ -100,6 +100,13 @@ PROBLEMS = [
     for arguments in _ARGUMENTS
     for data_format in ("NHWC", "NCHW")
 ]
+# Without outer taps: padding that is negative, or more than the rest of the kernel has.
+PROBLEMS += [
+    make((1, 9, 8, 2), (5, 5, 2, 3), data_format="NCHW").cropped(3, 5, 4, 5),
+    make((2, 8, 9, 2), (5, 4, 2, 3), 2).cropped(0, 1, 0, 2),
+    make((1, 12, 13, 2), (3, 5, 2, 2), 2, "VALID", 2).cropped(2, 3, 1, 4),
+    make((1, 10, 11, 4), (4, 4, 2, 6), (1, 3), "SAME", 2).cropped(1, 4, 3, 4),
+]
 # A few that together have tails, channels in fours, strides, dilations, groups, and
 # both layouts.
 FEW_PROBLEMS = [

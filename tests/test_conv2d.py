@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_conv
@@ -113,6 +113,25 @@ def check(call: Call, data: Data, results: Results) -> None:
 def test_agrees_with_the_reference(backend, call):
     data = make_data(call)
     check(call, data, compute(call, data))
+
+
+@settings(max_examples=max(20, settings.default.max_examples // 2))
+@given(call=calls(), taps=st.data())
+def test_outer_taps_without_nonzeros(backend, call, taps):
+    """Such taps are left out of the computation, which moves the padding."""
+    data = make_data(replace(call, density=0.7))
+    kept = np.zeros(call.kernel_shape[:2], bool)
+    first, last = zip(*[taps.draw(_range(size)) for size in kept.shape], strict=True)
+    kept[first[0] : last[0], first[1] : last[1]] = True
+    kernel = np.where(kept[..., np.newaxis, np.newaxis], data.kernel, 0)
+    data = replace(data, kernel=kernel.astype(data.kernel.dtype))
+    check(call, data, compute(call, data))
+
+
+def _range(size: int) -> st.SearchStrategy:
+    """A part of `size` taps that isn't empty."""
+    bounds = st.tuples(st.integers(0, size - 1), st.integers(0, size - 1))
+    return bounds.map(lambda ends: (min(ends), max(ends) + 1))
 
 
 LARGER = [

@@ -46,6 +46,26 @@ def test_coordinates_and_positions(call):
     np.testing.assert_array_equal(flat.reshape(dense.shape), dense != 0)
 
 
+@given(call=calls())
+def test_cropping_leaves_out_nothing_but_empty_outer_taps(call):
+    dense = make_data(call).kernel
+    pattern = pattern_of(dense)
+    cropped = pattern.cropped()
+    if pattern.nnz == 0:
+        assert cropped is pattern
+        return
+    top, bottom, left, right = pattern.tap_range()
+    inner = dense[top:bottom, left:right]
+    assert np.count_nonzero(inner) == pattern.nnz
+    for outer in (inner[0], inner[-1], inner[:, 0], inner[:, -1]):
+        assert outer.any()
+    expected = pattern_of(inner)
+    assert cropped.shape == expected.shape
+    np.testing.assert_array_equal(cropped.indptr, expected.indptr)
+    np.testing.assert_array_equal(cropped.indices, expected.indices)
+    assert cropped.indices.dtype == np.int32
+
+
 def entries(rows: Rows, gather: Gather) -> set[tuple[int, int, int]]:
     """Every (row, index, place among the values), checked to be in order."""
     assert len(rows.begin) == len(rows.end) == gather.rows
