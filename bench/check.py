@@ -36,23 +36,28 @@ def relative_error(y: tf.Tensor, exact: tf.Tensor) -> float:
     return error / norm if norm else error
 
 
-def limit(dtype: str, terms: float, *, tf32: bool) -> float:
+def limit(
+    dtype: str, terms: float, *, tf32: bool = False, transformed: bool = False
+) -> float:
     """The largest error that rounding explains.
 
     Args:
         dtype: Name of the operands' dtype.
         terms: How many products an output sums.
         tf32: Whether float32 may be computed in TF32.
+        transformed: Whether the operands may be transformed before they are multiplied
+            (Winograd, FFT), as TensorFlow's libraries do. That costs some four bits.
 
     Returns:
         Relative to the Euclidean norm of the result.
     """
     storage = UNIT_ROUNDOFF[dtype]
-    if dtype == "float32":
-        products = UNIT_ROUNDOFF["tf32"] if tf32 else storage
-        return 2 * products + (4 + 2 * math.sqrt(terms)) * storage
-    # Sums are kept in float32 and rounded once.
-    return 2 * storage + (4 + 2 * math.sqrt(terms)) * UNIT_ROUNDOFF["float32"]
+    # Sums are kept in float32, whatever the operands are.
+    sums = (4 + 2 * math.sqrt(terms)) * UNIT_ROUNDOFF["float32"]
+    if transformed:
+        sums *= 2**4
+    products = UNIT_ROUNDOFF["tf32"] if tf32 and dtype == "float32" else storage
+    return 2 * products + sums
 
 
 def verdict(error: float, allowed: float) -> str | None:

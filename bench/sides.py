@@ -125,13 +125,14 @@ def our_side(
     case: Case, operands: Operands, target: Target, prepared: Prepared
 ) -> Side:
     """Ours, with a SparseKernel that was converted and prepared before."""
-    is_dense = prepared.chosen == "dense"
     side = Side(
         "ours",
         lambda number: prepared(operands.input(number)),
         operands.error,
         True,
-        _limit(case, operands, tf32=target.on_gpu and is_dense),
+        dense_limit(case, operands.terms, target, tf32=True)
+        if prepared.chosen == "dense"
+        else check.limit(case.dtype, operands.terms),
         {
             "algorithm_asked": prepared.asked,
             "algorithm": prepared.chosen,
@@ -144,13 +145,29 @@ def our_side(
     return side
 
 
+def dense_limit(case: Case, terms: float, target: Target, *, tf32: bool) -> float:
+    """The largest error of TensorFlow's convolution that rounding explains.
+
+    Args:
+        case: The convolution.
+        terms: How many products an output sums.
+        target: The device; a CPU has no TF32.
+        tf32: TensorFlow's setting.
+
+    Returns:
+        Relative to the result.
+    """
+    in_tf32 = tf32 and target.on_gpu
+    return check.limit(case.dtype, terms, tf32=in_tf32, transformed=True)
+
+
 def dense_side(case: Case, operands: Operands, target: Target, *, tf32: bool) -> Side:
     """`tf.nn.conv2d`, with TF32 or without where that makes a difference."""
 
     def call(number: int) -> tf.Tensor:
         return tf.nn.conv2d(operands.input(number), operands.dense, 1, "SAME")
 
-    limit = _limit(case, operands, tf32=tf32 and target.on_gpu)
+    limit = dense_limit(case, operands.terms, target, tf32=tf32)
     name = "dense" if tf32 else "dense_fp32"
     return Side(name, call, operands.error, tf32, limit)
 
@@ -170,7 +187,7 @@ def naive_side(case: Case, operands: Operands, target: Target) -> Side:
     Its call converts the dense kernel, as the original did. Its device time is that of
     the convolution alone.
     """
-    limit = _limit(case, operands, tf32=False)
+    limit = check.limit(case.dtype, operands.terms)
     if not target.on_gpu:
         inputs = [x.numpy() for x in operands.inputs]
         kernel = operands.dense.numpy()
@@ -236,7 +253,3 @@ def enqueuer(side: Side, gate: Gate, ring: int) -> Callable[[int], None]:
             position += 1
 
     return enqueue
-
-
-def _limit(case: Case, operands: Operands, *, tf32: bool) -> float:
-    return check.limit(case.dtype, operands.terms, tf32=tf32)

@@ -20,7 +20,7 @@ from bench.machine import Target
 from bench.measure import Bench, Report, Row, add_fp32, begin_row, fill_row
 from bench.results import Results
 from bench.session import Session
-from bench.sides import Side, random_tensor, record, rotation
+from bench.sides import Side, dense_limit, random_tensor, record, rotation
 
 # Each does the useful FMAs once, and so the floor counts them.
 PASSES = 3
@@ -112,10 +112,9 @@ def dense_entry(case: Case, bench: Bench) -> Row:
     return row["sides"][side.name]
 
 
-def _limit(case: Case, *, tf32: bool) -> float:
-    # The longest sum is the kernel's gradient.
-    terms = max(case.n * case.h * case.w, case.taps**2 * max(case.c, case.k))
-    return check.limit(case.dtype, terms, tf32=tf32)
+def _terms(case: Case) -> int:
+    """The products of the longest sum, which may be the kernel's gradient."""
+    return max(case.n * case.h * case.w, case.taps**2 * max(case.c, case.k))
 
 
 def _dense_side(case: Case, operands: Operands, target: Target, *, tf32: bool) -> Side:
@@ -129,7 +128,7 @@ def _dense_side(case: Case, operands: Operands, target: Target, *, tf32: bool) -
         )
 
     name = "dense" if tf32 else "dense_fp32"
-    limit = _limit(case, tf32=tf32 and target.on_gpu)
+    limit = dense_limit(case, _terms(case), target, tf32=tf32)
     return Side(name, step, lambda result: _error(result, operands), tf32, limit)
 
 
@@ -153,9 +152,10 @@ def _our_side(case: Case, operands: Operands, bench: Bench) -> Side:
         y, dx, dw = step
         return _error((y, dx, kernel.with_values(dw).to_dense()), operands)
 
-    is_dense = bench.target.on_gpu and "dense" in prepared.chosen
+    limit = check.limit(case.dtype, _terms(case))
+    if "dense" in prepared.chosen:
+        limit = dense_limit(case, _terms(case), bench.target, tf32=True)
     facts = {"algorithm": prepared.chosen, "reason": prepared.reason}
-    limit = _limit(case, tf32=is_dense)
     side = Side("ours", step, error, True, limit, facts)
     if bench.target.on_gpu:
         side.recorded = record(step, len(operands.inputs))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import json
 import math
 import subprocess
@@ -311,6 +312,33 @@ def test_the_packages_launches_are_recorded(monkeypatch):
     assert ran == [(step, {"x": 1}, "stream"), (step, {"x": 2}, "stream")]
 
 
+@pytest.mark.parametrize("written", [5, 6])
+def test_recorded_launches_must_compute_the_whole_result(
+    written, gpu, target, monkeypatch
+):
+    """A launch that leaves out the last of 6 numbers is found out by the poison."""
+    y = machine.bridge.empty((2, 3), tf.float32, target.place)
+    numbers = machine.bridge.host_view(y)
+    numbers[:] = 1
+
+    def run(step, operands, stream):
+        numbers.reshape(-1)[:written] = 1
+
+    def call(number):
+        object.__new__(gate.streams.Step).run({}, None)
+        return y
+
+    def poison(memory, size, byte):
+        ctypes.memset(memory.address, byte, size)
+
+    monkeypatch.setattr(gate.streams.Step, "run", run)
+    shut = gate.Gate(target.place, 1 << 20)
+    monkeypatch.setattr(shut, "fill", poison)
+    exact = tf.ones((2, 3), tf.float64)
+    side = sides.Side("ours", call, lambda y: check.relative_error(y, exact), True, 0.1)
+    assert sides.replays(side, shut) == (written == 6)
+
+
 def test_both_kinds_of_time_are_taken_on_a_gpu(target, gpu, monkeypatch):
     """The whole way of a row, with the CPU's tensors behind a simulated gate."""
     monkeypatch.setattr(measure, "why_not_naive", lambda *words: "needs a GPU")
@@ -344,7 +372,7 @@ def test_limits_of_errors_pass_rounding_and_refuse_mistakes():
         kernel = tf.random.stateless_normal((5, 5, 8, 4), (3, 4))
         reference = check.reference(x, kernel)
         y = tf.nn.conv2d(x, kernel, 1, "SAME")
-        limit = check.limit("float32", 200, tf32=False)
+        limit = check.limit("float32", 200, transformed=True)
         assert check.verdict(check.relative_error(y, reference), limit) is None
         one_wrong = tf.tensor_scatter_nd_add(y, [[0, 3, 4, 1]], [0.1])
         assert "wrong" in check.verdict(
