@@ -1,71 +1,73 @@
-"""What a call costs the host: eagerly, while a tape records, inside a `tf.function`.
+"""`overhead`: what a call costs the host: eagerly, while a tape records, in a graph.
 
-Run as `python -m bench.overhead`. The tensors are tiny, so that little but the cost of
-calling is measured: 1x32x32x3 by 3x3x3x8. Medians over batches of calls.
+The tensors are tiny, so that little but the cost of calling is measured: 1x32x32x3 by
+3x3x3x8.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import tensorflow as tf
 
 import sparse_conv
+from bench import ours
+from bench.measure import Report, Row
+from bench.results import Results
+from bench.session import Session
+from bench.timing import Effort, Sampler, call_sampler, in_turns
 
-BATCHES = 25
-CALLS = 40
-
-
-def median_us(call: Callable[[], tf.Tensor]) -> float:
-    """Median time of a call in microseconds, over batches that end with a wait."""
-    times = []
-    for _ in range(BATCHES):
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            y = call()
-        y.numpy()
-        times.append((time.perf_counter() - start) / CALLS * 1e6)
-    return statistics.median(times)
+WAYS = ("eager", "recording", "tf.function")
+CALLERS = ("SparseKernel", "dense tensor", "tf.nn.conv2d")
+_Call = Callable[[], tf.Tensor]
 
 
-def recorded(function: Callable[[], tf.Tensor], watched: tf.Tensor) -> tf.Tensor:
-    """Calls `function` while a tape follows `watched`."""
-    with tf.GradientTape() as tape:
-        tape.watch(watched)
-        return function()
+def run(session: Session) -> Results:
+    """Times the ways of calling."""
+    results = session.results("overhead")
+    session.fill(results, WAYS, lambda way, tell: _row(way, session, tell))
+    return results
 
 
-def main() -> None:
-    """Prints a table of microseconds for each way of calling."""
+def _row(way: str, session: Session, tell: Report) -> Row:
+    """All callers in one way."""
+    samplers = {}
+    for name, (call, weights) in _callers(session.options.algorithm).items():
+        tell(name)
+        samplers[name] = _sampler(way, call, weights)
+    effort = Effort(session.bench.effort.seconds, fewest=25)
+    times = in_turns(samplers, effort)
+    return {
+        "key": way,
+        "call_us": {name: quartiles.as_dict() for name, quartiles in times.items()},
+    }
+
+
+def _callers(algorithm: str) -> dict[str, tuple[_Call, tf.Tensor]]:
+    """For each caller its call, and the weights that a tape follows."""
     x = tf.random.normal((1, 32, 32, 3))
     dense = tf.random.normal((3, 3, 3, 8))
     dense = tf.where(tf.random.uniform(dense.shape) < 0.1, dense, 0.0)
-    kernel = sparse_conv.SparseKernel.from_dense(dense)
-
-    def ours() -> tf.Tensor:
-        return sparse_conv.conv2d(x, kernel, 1, "SAME")
-
-    def ours_dense() -> tf.Tensor:
-        return sparse_conv.conv2d(x, dense, 1, "SAME")
-
-    def theirs() -> tf.Tensor:
-        return tf.nn.conv2d(x, dense, 1, "SAME")
-
-    print(f"TensorFlow {tf.__version__}, {x.device}; microseconds a call")
-    print(f"{'':<32}{'eager':>10}{'recording':>12}{'tf.function':>14}")
-    rows = {
-        "sparse_conv.conv2d, SparseKernel": (ours, kernel.values),
-        "sparse_conv.conv2d, dense tensor": (ours_dense, dense),
-        "tf.nn.conv2d": (theirs, dense),
-    }
-    for name, (function, weights) in rows.items():
-        graph = tf.function(function)
-        ways = (function, lambda f=function, w=weights: recorded(f, w), graph)
-        cells = [median_us(way) for way in ways]
-        print(f"{name:<32}{cells[0]:>10.1f}{cells[1]:>12.1f}{cells[2]:>14.1f}")
+    prepared = ours.prepare(x, dense, algorithm)
+    calls = (
+        (lambda: prepared(x), prepared.kernel.values),
+        (lambda: sparse_conv.conv2d(x, dense, 1, "SAME"), dense),
+        (lambda: tf.nn.conv2d(x, dense, 1, "SAME"), dense),
+    )
+    return dict(zip(CALLERS, calls, strict=True))
 
 
-if __name__ == "__main__":
-    main()
+def _sampler(way: str, call: _Call, weights: tf.Tensor) -> Sampler:
+    if way == "tf.function":
+        graph = tf.function(call)
+        return call_sampler(lambda number: graph(), 1)
+    if way == "recording":
+        return call_sampler(lambda number: _recorded(call, weights), 1)
+    return call_sampler(lambda number: call(), 1)
+
+
+def _recorded(call: _Call, watched: tf.Tensor) -> tf.Tensor:
+    """Calls while a tape follows `watched`."""
+    with tf.GradientTape() as tape:
+        tape.watch(watched)
+        return call()
