@@ -372,7 +372,10 @@ def _operands(subject: _Subject, name: str) -> list[tf.Tensor]:
         )
         kernel = subject.filters
         w = kernel.values if isinstance(kernel, SparseKernel) else kernel
-        w = tf.identity(tf.cast(w, subject.dtype))
+        # The kernel's own tensor where it can be: what is compiled belongs to it.
+        w = tf.cast(w, subject.dtype)
+        if place_of(w) != subject.place:
+            w = tf.identity(w)
     return {"fprop": [x, w], "dgrad": [dy, w], "wgrad": [x, dy]}[name]
 
 
