@@ -23,6 +23,7 @@ from sparse_conv.convolution import Convolution
 from sparse_conv.costs import Estimate, Machine
 from sparse_conv.problem import make_problem, normalize_geometry
 from tests import ours
+from tests.conftest import skip_unless_usable
 from tests.strategies import Call, calls, make_data
 from tests.test_conv2d import check, compute
 from tests.test_gradients import assert_close, derivatives
@@ -681,6 +682,7 @@ def test_baked_is_refused_with_a_reason_on_the_cpu(traced):
 
 @pytest.mark.gpu
 def test_dense_does_not_compute_where_no_back_end_was_asked_for():
+    skip_unless_usable("cuda")
     with tf.device("/GPU:0"):
         x, kernel = tf.ones((1, 6, 6, 2)), tf.ones((3, 3, 2, 2))
     with pytest.raises(NotImplementedError, match="elsewhere"):
