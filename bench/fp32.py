@@ -30,6 +30,8 @@ from bench.timing import Effort
 
 _ROOT = Path(__file__).resolve().parent.parent
 SIDE = "dense_fp32"
+# Of a GPU's memory, beside what the first process takes.
+_MEMORY_SHARE = 0.3
 
 
 class Fp32Process:
@@ -112,7 +114,7 @@ class Fp32Process:
 def _serve(words: dict[str, Any]) -> None:
     """Answers the requests that come in, until there are no more."""
     tf.config.experimental.enable_tensor_float_32_execution(False)
-    kind = machine.choose_device(words["device"].lower(), None)
+    kind = machine.choose_device(words["device"].lower(), None, _MEMORY_SHARE)
     target = machine.find_target(kind)
     bench = Bench(target, machine.gate_of(target), Effort(**words["effort"]), "dense")
     for line in sys.stdin:

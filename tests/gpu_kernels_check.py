@@ -4,6 +4,7 @@ Needs CuPy and a GPU, no TensorFlow:
 
     python -m tests.gpu_kernels_check check      problems x configurations x dtypes
     python -m tests.gpu_kernels_check sanitize   a few of each, for compute-sanitizer
+    python -m tests.gpu_kernels_check baked      generated code alone, likewise
     python -m tests.gpu_kernels_check time       the seed's main case and its neighbours
 """
 
@@ -361,9 +362,8 @@ def check(
                     part(run, case, config)
                     count += 1
         # Each of these has to be compiled first.
-        if dtype == "float32" or (dtype != "int32" and p in PROBLEMS[1:3]):
-            for config in BAKED_CONFIGS:
-                count += run_baked(run, case, config)
+        if dtype == "float32" or p in PROBLEMS[1:3]:
+            count += check_baked(run, case)
         if not rest:
             continue
         for dense, config in itertools.product(
@@ -375,6 +375,13 @@ def check(
             run_compress(run, case, transposed)
             count += 1
     return count
+
+
+def check_baked(run: Runner, case: Case) -> int:
+    """Checks generated code; returns how many comparisons were made."""
+    if case.dtype == "int32":
+        return 0
+    return sum(run_baked(run, case, config) for config in BAKED_CONFIGS)
 
 
 def device_limits() -> plan.DeviceLimits:
@@ -503,6 +510,11 @@ def main() -> None:
         cupy.cuda.set_allocator(None)
         count = check(gpu_runner, ("float32",), PROBLEMS[1:4], CONFIGS[::3])
         print(count, "comparisons agree")
+    if "baked" in sys.argv:
+        cupy.cuda.set_allocator(None)
+        problems = [*PROBLEMS[1:5], *map(other_format, PROBLEMS[1:3])]
+        cases = [Case(p, dtype) for p in problems for dtype in ("float32", "float16")]
+        print(sum(check_baked(gpu_runner, c) for c in cases), "comparisons agree")
     if "time" in sys.argv:
         time_fprop(problem(1, 256, 512, 3, 64, 11, 11), 0.1)
 
