@@ -256,7 +256,8 @@ __device__ __forceinline__ void load_chunk(
 __device__ __forceinline__ long long find_offset(const Arguments& a, const Window& output) {
     const int y = divide(threadIdx.x, a.tiling.by_tile_w);
     const int x = threadIdx.x - y * a.tiling.tile_w;
-    if (y >= a.tiling.tile_h || !contains(output, y, x)) return -1;
+    // What exists of the tile ends where the tile does, at the latest.
+    if (!contains(output, y, x)) return -1;
     return output.offset + widening(y, a.steps.write_row) + widening(x, a.steps.write_column);
 }
 

@@ -13,13 +13,17 @@ import pytest
 
 from sparse_conv import baked, baked_plan, jit
 from sparse_conv.activations import get as get_activation
-from sparse_conv.baked import BakedBlock, BakedConfig
-from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
+from sparse_conv.baked import BakedConfig
+from sparse_conv.gather import fprop_gather
 from sparse_conv.launch import Launch
-from sparse_conv.pattern import Rows
-from sparse_conv.problem import Problem
-from tests.emulated_passes import LARGE_GPU, SMALL_GPU, Call, run_calls
-from tests.problems import DTYPES, FEW_PROBLEMS, PROBLEMS, Data, make, make_data
+from tests.baked_passes import (
+    baked_calls,
+    baked_dgrad_calls,
+    baked_fprop_calls,
+    run_baked,
+)
+from tests.emulated_passes import LARGE_GPU, SMALL_GPU
+from tests.problems import DTYPES, FEW_PROBLEMS, PROBLEMS, make, make_data
 from tests.reference import conv2d_reference, dgrad_reference
 from tests.test_kernels_compile import architectures, compile_text
 from tests.tolerance import assert_exact, assert_within, error_bound
@@ -33,87 +37,15 @@ WHOLE = BakedConfig(outputs=64, warps=1, resident=1, tile_h=4, tile_w=8, chunk=2
 VARIED = [problem for problem in PROBLEMS if 0 not in problem.input_shape][::5]
 
 
-def fitted(config: BakedConfig, gather: Gather) -> BakedConfig:
-    """A configuration with no more outputs and channels than there are."""
-    return dataclasses.replace(
-        config,
-        outputs=min(config.outputs, gather.out_channels // gather.groups),
-        chunk=min(config.chunk, gather.in_channels // gather.groups),
-    )
-
-
-def baked_calls(
-    gather: Gather,
-    rows: Rows,
-    values: np.ndarray,
-    read: np.ndarray,
-    shape: tuple[int, ...],
-    dtype: str,
-    block: BakedBlock,
-    bias: np.ndarray | None = None,
-    activation: int = 0,
-) -> list[Call]:
-    """The calls of one pass, each of which writes a part of the result."""
-    origins = np.array([*gather.h.origins, *gather.w.origins], np.int32)
-    arrays = {
-        "read": read,
-        "bias": bias,
-        "origins": origins if baked.needs_origins(gather) else None,
-        "write": np.empty(shape, DTYPES[dtype]),
-    }
-    return [
-        Call(
-            baked.baked_launch(gather, dtype, block, function, activation),
-            arrays,
-            ("write",),
-        )
-        for function in baked.bake(gather, rows, values, dtype, block)
-    ]
-
-
-def run_baked(calls: list[Call], text: str | None = None) -> np.ndarray:
-    """The result of a pass; each of its numbers is written by one call alone."""
-    parts = [result["write"] for result in run_calls(calls, text)]
-    result = parts[0]
-    for part in parts[1:]:
-        # What isn't written is NaN.
-        written = ~np.isnan(part.astype(np.float64))
-        assert np.isnan(result[written].astype(np.float64)).all()
-        result = np.where(written, part, result)
-    return result
-
-
-def fprop_calls(
-    problem: Problem, data: Data, dtype: str, config: BakedConfig, **options
-) -> list[Call]:
-    gather = fprop_gather(problem)
-    block = baked.make_baked_block(gather, dtype, fitted(config, gather), LARGE_GPU)
-    return baked_calls(
-        gather, data.pattern.fprop_rows(), data.values, data.x, problem.output_shape,
-        dtype, block, **options,
-    )  # fmt: skip
-
-
-def dgrad_calls(
-    problem: Problem, data: Data, dtype: str, config: BakedConfig
-) -> list[Call]:
-    gather = dgrad_gather(problem)
-    block = baked.make_baked_block(gather, dtype, fitted(config, gather), LARGE_GPU)
-    return baked_calls(
-        gather, data.pattern.dgrad_rows(gather), data.values, data.dy,
-        problem.input_shape, dtype, block,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("config", [SMALL, WHOLE], ids=["small", "whole"])
 @pytest.mark.parametrize("problem", VARIED, ids=str)
 def test_both_passes_are_exact(problem, config):
     if 0 in problem.output_shape:
         pytest.skip("nothing is written, so that no code is generated")
     data = make_data(problem, "float32", 0.4, whole=True)
-    got = run_baked(fprop_calls(problem, data, "float32", config))
+    got = run_baked(baked_fprop_calls(problem, data, "float32", config))
     assert_exact(got, conv2d_reference(data.x, data.dense, problem), "fprop")
-    got = run_baked(dgrad_calls(problem, data, "float32", config))
+    got = run_baked(baked_dgrad_calls(problem, data, "float32", config))
     assert_exact(got, dgrad_reference(data.dy, data.dense, problem), "dgrad")
 
 
@@ -121,7 +53,7 @@ def test_both_passes_are_exact(problem, config):
 @pytest.mark.parametrize("problem", FEW_PROBLEMS, ids=str)
 def test_every_dtype_is_as_exact_as_rounding_allows(problem, dtype):
     data = make_data(problem, dtype, 0.5, whole=False)
-    got = run_baked(fprop_calls(problem, data, dtype, SMALL))
+    got = run_baked(baked_fprop_calls(problem, data, dtype, SMALL))
     exact = conv2d_reference(data.x, data.dense, problem)
     size = conv2d_reference(abs(data.x), abs(data.dense), problem)
     terms = problem.r * problem.s * problem.group_channels
@@ -132,7 +64,7 @@ def test_every_dtype_is_as_exact_as_rounding_allows(problem, dtype):
 def test_empty_and_full_kernels(density):
     problem = make((1, 6, 7, 4), (3, 3, 4, 6))
     data = make_data(problem, "float32", density, whole=True)
-    got = run_baked(fprop_calls(problem, data, "float32", WHOLE))
+    got = run_baked(baked_fprop_calls(problem, data, "float32", WHOLE))
     assert_exact(got, conv2d_reference(data.x, data.dense, problem), "fprop")
 
 
@@ -142,7 +74,7 @@ def test_bias_and_activation(name, layout):
     problem = make((2, 5, 9, 3), (3, 3, 3, 8), data_format=layout)
     data = make_data(problem, "float32", 0.5, whole=False)
     activation = get_activation(name)
-    calls = fprop_calls(
+    calls = baked_fprop_calls(
         problem, data, "float32", WHOLE, bias=data.bias, activation=activation.code
     )
     shape = (-1,) if layout == "NHWC" else (-1, 1, 1)
@@ -156,7 +88,7 @@ def test_parts_may_be_divided_among_functions(monkeypatch):
     monkeypatch.setattr(baked, "FUNCTION_PRODUCTS", 40)
     problem = make((2, 7, 9, 8), (3, 3, 4, 12))
     data = make_data(problem, "float32", 0.5, whole=True)
-    calls = fprop_calls(problem, data, "float32", SMALL)
+    calls = baked_fprop_calls(problem, data, "float32", SMALL)
     assert len(calls) > 1
     exact = conv2d_reference(data.x, data.dense, problem)
     assert_exact(run_baked(calls), exact, "fprop")
@@ -196,7 +128,7 @@ def sample(dtype: str, layout: str, channels: int, chunk: int) -> Launch:
     problem = make((2, 9, 9, channels), (3, 3, channels, 16), data_format=layout)
     data = make_data(problem, dtype, 0.5, whole=True)
     config = dataclasses.replace(WHOLE, warps=4, resident=2, chunk=chunk)
-    return fprop_calls(problem, data, dtype, config)[0].launch
+    return baked_fprop_calls(problem, data, dtype, config)[0].launch
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: "-".join(map(str, case)))
@@ -222,7 +154,7 @@ def test_64_sums_stay_in_registers():
     problem = make((1, 16, 64, 3), (5, 5, 3, 64))
     data = make_data(problem, "float32", 0.2, whole=False)
     config = BakedConfig(64, 8, 3, 8, 32, 3)
-    launch = fprop_calls(problem, data, "float32", config)[0].launch
+    launch = baked_fprop_calls(problem, data, "float32", config)[0].launch
     options = [*jit.options(launch.defines), "-arch=sm_90", "--ptxas-options=-v"]
     text = jit.source(launch.function, launch.code)
     status, log = compile_text(text, "conv2d_baked.cu", options)

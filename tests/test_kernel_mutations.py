@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 import pytest
 
 from sparse_conv import jit
+from sparse_conv.baked import BakedConfig
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.plan import Direct, TileConfig, WgradConfig
+from tests.baked_passes import baked_dgrad_calls, baked_fprop_calls, run_baked
 from tests.emulated_passes import (
     Call,
     assert_rows,
@@ -158,6 +160,32 @@ def check_compress(text: str) -> None:
             assert_rows(run_calls([call], text)[0], expected, values)
 
 
+# Channels that are copied in vectors, in two chunks of which the second is shorter;
+# more outputs than are staged at once.
+VECTORS = make((2, 5, 9, 12), (3, 3, 12, 36))
+VECTORS_CONFIG = BakedConfig(36, 2, 1, 4, 9, 8)
+# Several parts, groups and phases, and tails everywhere.
+NUMBERS_CONFIG = BakedConfig(3, 2, 1, 3, 7, 2)
+SAMPLE = re.compile(r'#line 1 "baked_code\.cuh"\n.*?(?=#line)', re.DOTALL)
+
+
+def check_baked(text: str) -> None:
+    for problem, config in (
+        (VECTORS, VECTORS_CONFIG), (NHWC, NUMBERS_CONFIG), (NCHW, NUMBERS_CONFIG),
+    ):  # fmt: skip
+        data = make_data(problem, "float32", 0.8, whole=True)
+        bias = data.bias if problem is not NCHW else data.bias[:, None, None]
+        forward = baked_fprop_calls(problem, data, "float32", config, bias=data.bias)
+        backward = baked_dgrad_calls(problem, data, "float32", config)
+        for calls, exact in (
+            (forward, conv2d_reference(data.x, data.dense, problem) + bias),
+            (backward, dgrad_reference(data.dy, data.dense, problem)),
+        ):
+            (call,) = calls
+            own = SAMPLE.sub(lambda _, call=call: call.launch.code + "\n", text)
+            assert_exact(run_baked([call], own), exact, "baked")
+
+
 CHECKS = {
     "conv2d_gather": check_gather(WIDE_TILE, SMALL_TILE, FOURS_TILE),
     "conv2d_gather_direct": check_gather(Direct()),
@@ -165,6 +193,7 @@ CHECKS = {
     "conv2d_wgrad_direct": check_wgrad(Direct()),
     "sum_partials": check_sum,
     "compress": check_compress,
+    "conv2d_baked": check_baked,
 }
 
 # Function -> (what stands there, what stands there afterwards).
@@ -274,6 +303,31 @@ MISTAKES = {
         (r"row\.set_h \* geometry\.h\.taps", "row.set_h"),
         (r"group \* geometry\.group_in \+ channel", "channel"),
         (r"= \(row_length - 1\) / parts \+ 1", "= row_length / parts"),
+    ],
+    "conv2d_baked": [
+        # Which outputs, which pixels.
+        (r"part_in_set - group \* a\.group_parts\)", "part_in_set)"),
+        (r"group \* geometry\.group_in;", "group;"),
+        (r"group \* geometry\.group_out \+ first", "first"),
+        (r"blockIdx\.x - local_part \* a\.tiling\.subtiles", "blockIdx.x"),
+        (r"y \* a\.geometry\.h\.stride \* a\.row_pitch", "y * a.row_pitch"),
+        (r"if \(!contains\(output, y, x\)\) return -1;", ""),
+        (r"a\.tiling\.subtiles \* a\.chunks", "a.tiling.subtiles"),
+        (r"if \(k < part\.outputs\) sums", "sums"),
+        # Tiles: bounds, pitches, chunks.
+        (r"if \(contains\(window, y, x\)\)", "if (true)"),
+        (r"wanted & contains\(window, y, x\)", "wanted"),
+        (r"if \(channel >= channels\) continue;", ""),
+        (r"unit < units && channel < channels", "unit < units"),
+        (r"unit = threadIdx\.x; unit < units", "unit = threadIdx.x; unit + 1 < units"),
+        (r"\(chunk & 1\) \* a\.buffer", "0"),
+        (r"int first_channel = chunk \* a\.chunk", "int first_channel = 0"),
+        # Stores.
+        (r"lane < channels && place >= 0", "place >= 0"),
+        (r"channel < channels && place >= 0", "place >= 0"),
+        (r"if \(offset < 0\) return;", ""),
+        (r"threadIdx\.x / WARP \* WARP \* STAGE_PITCH", "0"),
+        (r"part\.first_output \+ first, channels", "part.first_output, channels"),
     ],
 }
 MUTATIONS = [
