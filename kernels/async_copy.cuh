@@ -1,28 +1,23 @@
 // Copies from global to shared memory that do not pass through registers.
 //
-// Where the hardware has none, the copy is done at once. Knows nothing of tiles.
+// `copy_async` copies 16 bytes, which lie aligned on both sides, `commit_copies` ends a
+// batch of copies, and `wait_for_copies<BATCHES>` waits for all batches of the thread but
+// so many of the latest. Where the hardware can't, the copy is done at once. The emulator
+// brings its own. Knows nothing of tiles.
 
 #pragma once
 
 #include "prelude.cuh"
 
-#define COPY_BYTES 16
+#if defined(CUDA_EMULATION)
+#elif __CUDA_ARCH__ < 800
 
-#if defined(CUDA_EMULATION) || __CUDA_ARCH__ < 800
-
-struct alignas(COPY_BYTES) CopyUnit {
-    unsigned words[COPY_BYTES / 4];
-};
-
-// Copies COPY_BYTES, which lie aligned on both sides.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
-    *static_cast<CopyUnit*>(shared) = *static_cast<const CopyUnit*>(global);
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 }
 
-// Ends a batch of copies.
 __device__ __forceinline__ void commit_copies() {}
 
-// Waits for all batches of this thread but the `BATCHES` latest.
 template <int BATCHES>
 __device__ __forceinline__ void wait_for_copies() {}
 

@@ -323,3 +323,37 @@ def test_an_unknown_array_is_refused():
     launch, text = toy("")
     with pytest.raises(ValueError, match="Received: \\['other'\\]"):
         run(launch, {"other": floats(1)}, outputs=[], text=text)
+
+
+COPY = """SHARED_MEMORY(memory);
+float* tile = (float*)memory;
+for (int batch = 0; batch < 2; ++batch) {
+    copy_async(tile + 4 * (64 * batch + t), read + 4 * (64 * batch + t));
+    commit_copies();
+}
+%s
+for (int i = 0; i < 4; ++i) {
+    write[4 * t + i] = tile[4 * t + i];
+    write[256 + 4 * t + i] = tile[256 + 4 * t + i];
+}
+"""
+
+
+def test_a_copy_arrives_when_its_batch_is_waited_for():
+    read = floats(512)
+    memory = {"shared_mem_bytes": 2048}
+    both = run_toy(COPY % "wait_for_copies<0>();", read, 512, **memory)
+    np.testing.assert_array_equal(both, read)
+    first = run_toy(COPY % "wait_for_copies<1>();", read, 512, **memory)
+    np.testing.assert_array_equal(first[:256], read[:256])
+    assert np.isnan(first[256:]).all()
+    assert np.isnan(run_toy(COPY % "", read, 512, **memory)).all()
+
+
+def test_a_copy_must_be_aligned_and_inside():
+    memory = {"shared_mem_bytes": 2048}
+    with pytest.raises(EmulationError, match="OUT OF BOUNDS"):
+        run_toy(COPY % "", floats(511), 512, **memory)
+    odd = COPY.replace("copy_async(tile + 4", "copy_async(tile + 1 + 4")
+    with pytest.raises(EmulationError, match="MISALIGNED"):
+        run_toy(odd % "", floats(512), 512, **memory)

@@ -321,6 +321,9 @@ MISTAKES = {
         (r"unit < units && channel < channels", "unit < units"),
         (r"unit = threadIdx\.x; unit < units", "unit = threadIdx.x; unit + 1 < units"),
         (r"\(chunk & 1\) \* a\.buffer", "0"),
+        (r"chunk \+ 1\)", "chunk)"),
+        (r"wait_for_copies<MANY_CHUNKS>\(\);", ""),
+        (r"wait_for_copies<MANY_CHUNKS>", "wait_for_copies<MANY_CHUNKS + 1>"),
         (r"int first_channel = chunk \* a\.chunk", "int first_channel = 0"),
         # Stores.
         (r"lane < channels && place >= 0", "place >= 0"),

@@ -57,6 +57,10 @@ unsigned long long meet_warp(
     Place place, unsigned mask, unsigned long long given, int source);
 // Every lane gives a vote and receives the votes of all.
 unsigned ballot(Place place, unsigned mask, bool vote);
+// A copy of 16 bytes arrives when the thread waits for its batch, and not before.
+void copy_async(void* to, const void* from);
+void commit_copies();
+void wait_for_copies(unsigned latest);
 
 template <class T>
 T shuffle(Place place, unsigned mask, T value, int source) {
@@ -148,6 +152,15 @@ void __stcg(T* address, T value) {
 }
 
 inline void pause(int) {}
+
+inline void copy_async(void* shared, const void* global) {
+    emulation::copy_async(shared, global);
+}
+inline void commit_copies() { emulation::commit_copies(); }
+template <int BATCHES>
+void wait_for_copies() {
+    emulation::wait_for_copies(BATCHES);
+}
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }

@@ -74,6 +74,13 @@ struct Region {
 
 enum class State { READY, WAITING, FINISHED };
 
+// A copy on its way to shared memory.
+struct Copy {
+    uintptr_t to;
+    char bytes[16];
+    const void* returns;
+};
+
 struct Thread {
     ucontext_t context;
     State state;
@@ -81,6 +88,8 @@ struct Thread {
     Place place;
     unsigned long long given, received;
     int source;
+    // Batches of copies that haven't arrived; the last one is not yet complete.
+    std::vector<std::vector<Copy>> copies;
 };
 
 // Where a program or library is in memory.
@@ -422,6 +431,7 @@ void prepare_thread(int number) {
     thread.index = {n % blockDim.x, n / blockDim.x % blockDim.y,
                     n / (blockDim.x * blockDim.y)};
     thread.state = State::READY;
+    thread.copies.assign(1, {});
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = stack_of(number);
     thread.context.uc_stack.ss_size = STACK;
@@ -581,6 +591,32 @@ unsigned long long meet_warp(
     threads[current].source = source;
     wait_at(place);
     return threads[current].received;
+}
+
+void copy_async(void* to, const void* from) {
+    const void* returns = __builtin_return_address(0);
+    Copy copy{reinterpret_cast<uintptr_t>(to), {}, returns};
+    check_access(reinterpret_cast<uintptr_t>(from), sizeof copy.bytes, false, returns);
+    check_access(copy.to, sizeof copy.bytes, true, returns);
+    memcpy(copy.bytes, from, sizeof copy.bytes);
+    // What was there before is lost from now on.
+    memset(to, POISON, sizeof copy.bytes);
+    threads[current].copies.back().push_back(copy);
+}
+
+void commit_copies() { threads[current].copies.emplace_back(); }
+
+void wait_for_copies(unsigned latest) {
+    auto& batches = threads[current].copies;
+    const size_t complete = batches.size() - 1;
+    const size_t arriving = complete > latest ? complete - latest : 0;
+    for (size_t i = 0; i < arriving; ++i) {
+        for (const Copy& copy : batches[i]) {
+            check_access(copy.to, sizeof copy.bytes, true, copy.returns);
+            memcpy(reinterpret_cast<void*>(copy.to), copy.bytes, sizeof copy.bytes);
+        }
+    }
+    batches.erase(batches.begin(), batches.begin() + static_cast<long>(arriving));
 }
 
 unsigned ballot(Place place, unsigned mask, bool vote) {
