@@ -53,6 +53,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield chosen
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process where there is a GPU, whose memory TensorFlow takes as a whole."""
+    del config
+    from sparse_conv import backends
+
+    usable = dict(backends.statuses())["cuda"] is None
+    return 1 if usable else None
+
+
 def skip_unless_usable(name: str) -> None:
     """Skips the test, with the back end's own reason, where it can't run."""
     from sparse_conv import backends
