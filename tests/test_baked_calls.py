@@ -37,7 +37,7 @@ def code(monkeypatch) -> BakedCode:
 
     monkeypatch.setattr(cuda_baked, "_compile", compile_values)
     monkeypatch.setattr(cuda_baked, "_memory", memory)
-    return BakedCode(None, Rows, tf.float32, None, HOST)
+    return BakedCode("shape", Rows, tf.float32, None, HOST, set())
 
 
 def test_code_is_generated_for_values_that_are_used_again(code):
@@ -79,6 +79,14 @@ def test_threads_with_different_values(code):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_many_shapes_are_not_compiled_unasked(code):
+    code._shapes.update(f"shape {number}" for number in range(cuda_baked._SHAPES))
+    values = tf.constant([7.0])
+    for _ in range(5):
+        assert code.loaded(values, waits=False) is None
+    assert code.loaded(values, waits=True) == [7.0]
 
 
 def test_a_kernel_that_no_longer_exists_is_not_compiled():

@@ -275,9 +275,10 @@ def _baked_code(
         return known.fprop_rows() if pass_name == "fprop" else known.dgrad_rows(gather)
 
     block = choose_baked_block(gather, dtype.name, pattern.nnz, limits(place)).block
+    shapes = pattern.cached(("cuda baked shapes", pass_name), set)
     return pattern.cached(
         ("cuda baked", pass_name, gather, dtype, place),
-        lambda: BakedCode(gather, rows, dtype, block, place),
+        lambda: BakedCode(gather, rows, dtype, block, place, shapes),
     )
 
 

@@ -28,6 +28,9 @@ from sparse_conv.tensor_cache import cached
 # or twice is over before it would be ready.
 _USES = 3
 _COMPILERS = 4
+# For so many shapes of a kernel code is generated unasked; with a new shape in every
+# call the compiler would never rest, and memory would fill up.
+_SHAPES = 16
 # Vectors are copied and stored 16 bytes at a time.
 _ALIGNMENT = 16
 
@@ -78,6 +81,7 @@ class BakedCode:
         dtype: tf.DType,
         block: BakedBlock,
         place: Place,
+        shapes: set[Gather],
     ):
         """Generates nothing yet.
 
@@ -87,12 +91,14 @@ class BakedCode:
             dtype: Of all operands.
             block: The configuration.
             place: The GPU.
+            shapes: For which shapes code was generated; all of a kernel share it.
         """
         self.gather = gather
         self.rows = rows
         self.dtype = dtype
         self.block = block
         self.place = place
+        self._shapes = shapes
         self._state: _State | None = None
 
     def loaded(self, values: tf.Tensor, *, waits: bool) -> _Loaded | None:
@@ -117,17 +123,21 @@ class BakedCode:
                 state = self._state = _State(values, address)
         if state.future is None:
             state.uses += 1
-            if state.uses < _USES and not waits:
+            if not waits and (state.uses < _USES or self._is_one_too_many()):
                 return None
             self._start(state)
         if not waits and not state.future.done():
             return None
         return state.future.result()
 
+    def _is_one_too_many(self) -> bool:
+        return self.gather not in self._shapes and len(self._shapes) >= _SHAPES
+
     def _start(self, state: _State) -> None:
         """Starts the compiler, unless another thread has done so."""
         with _lock:
             if state.future is None:
+                self._shapes.add(self.gather)
                 reference = weakref.ref(self)
                 state.future = _submit(lambda: _compile(reference, state.values))
 
