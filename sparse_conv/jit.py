@@ -34,7 +34,6 @@ class CompileError(RuntimeError):
     """A GPU function didn't compile: a fault of this package or of its environment."""
 
 
-@functools.lru_cache(maxsize=64)
 def source(function: str, code: str = "") -> str:
     """The text of `kernels/<function>.cu` with its includes pasted in, each once.
 
@@ -45,6 +44,16 @@ def source(function: str, code: str = "") -> str:
     Returns:
         Text that needs no other file; compilers report places in the original files.
     """
+    # Generated text is long, and compiled once: it isn't kept.
+    return _expanded(function, code) if code else _source(function)
+
+
+@functools.cache
+def _source(function: str) -> str:
+    return _expanded(function, "")
+
+
+def _expanded(function: str, code: str) -> str:
     return _expand(f"{function}.cu", set(), {_GENERATED: code} if code else {})
 
 

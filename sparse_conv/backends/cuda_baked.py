@@ -7,6 +7,7 @@ compiled functions; which code that is, `baked` knows.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from sparse_conv.tensor_cache import cached
 # Code is generated for values once they have been used so often: what is called once
 # or twice is over before it would be ready.
 _USES = 3
+# Kernels whose code is generated at a time, and functions that are compiled at a time.
+_KERNELS = 4
 _COMPILERS = 4
 # For so many shapes of a kernel code is generated unasked; with a new shape in every
 # call the compiler would never rest, and memory would fill up.
@@ -37,7 +40,6 @@ _ALIGNMENT = 16
 _Loaded = list[tuple[BakedFunction, Any]]
 
 _lock = threading.Lock()
-_executor: ThreadPoolExecutor | None = None
 _pending: set[Future] = set()
 
 
@@ -142,11 +144,17 @@ class BakedCode:
                 state.future = _submit(lambda: _compile(reference, state.values))
 
 
+@functools.cache
+def _executors() -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
+    """Threads for kernels, which wait for the second ones, those for functions."""
+    return (
+        ThreadPoolExecutor(_KERNELS, "sparse_conv_kernel"),
+        ThreadPoolExecutor(_COMPILERS, "sparse_conv_compiler"),
+    )
+
+
 def _submit(job: Callable[[], Any]) -> Future:
-    global _executor
-    if _executor is None:
-        _executor = ThreadPoolExecutor(_COMPILERS, "sparse_conv_compiler")
-    future = _executor.submit(job)
+    future = _executors()[0].submit(job)
     _pending.add(future)
     future.add_done_callback(_pending.discard)
     return future
@@ -163,15 +171,16 @@ def _compile(reference: weakref.ref, values: tf.Tensor) -> _Loaded:
         code.gather, rows, np.asarray(wide), code.dtype.name, code.block
     )
     ordinal = bridge.ordinal_of(code.place)
-    loaded = []
-    for function in functions:
+
+    def load(function: BakedFunction) -> tuple[BakedFunction, Any]:
         launch = baked.baked_launch(code.gather, code.dtype.name, code.block, function)
         compiled = jit.load_function(
             launch.function, launch.defines, ordinal, launch.code
         )
         # The text has served.
-        loaded.append((BakedFunction("", function.parts), compiled))
-    return loaded
+        return BakedFunction("", function.parts), compiled
+
+    return list(_executors()[1].map(load, functions))
 
 
 def baked_run(
