@@ -364,6 +364,9 @@ struct Shared {
     Part part;
 };
 
+// The plan reserves so much in front of the tiles.
+static_assert(sizeof(Shared) == 96, "SHARED_BYTES in baked.py must be changed, too");
+
 __device__ __forceinline__ void find_work(const Arguments& a, Shared& shared) {
     const int local_part = blockIdx.x / a.tiling.subtiles;
     const Part part = find_part(a, a.first_part + local_part);

@@ -41,6 +41,8 @@ STAGED = 32
 # Products of one function, at most, where it has several parts: the compiler's time
 # grows faster than the code.
 FUNCTION_PRODUCTS = 16_000
+# Pieces of one function, at most, where it has several parts.
+FUNCTION_PIECES = 512
 
 _POINTERS = ("read", "bias", "origins", "write")
 
@@ -278,7 +280,12 @@ def _parts_of(
 def _functions(entries: _Entries, block: BakedBlock) -> Iterator[range]:
     """How the parts are divided among functions."""
     products = int(entries.begins[-1, -1])
-    number = max(1, min(block.parts, -(-products // FUNCTION_PRODUCTS)))
+    number = max(
+        -(-products // FUNCTION_PRODUCTS),
+        -(-block.parts * block.chunks // FUNCTION_PIECES),
+        1,
+    )
+    number = min(block.parts, number)
     edges = [block.parts * i // number for i in range(number + 1)]
     for first, last in itertools.pairwise(edges):
         yield range(first, last)
@@ -296,6 +303,8 @@ def _code(entries: _Entries, parts: range, block: BakedBlock) -> Iterator[str]:
     for number, part in enumerate(parts):
         begins = entries.begins[part]
         for chunk, (begin, end) in enumerate(itertools.pairwise(begins.tolist())):
+            if begin == end:
+                continue
             yield f"case {number * block.chunks + chunk}:\nBEGIN\n"
             yield from _instructions(entries, begin, end, vectors)
             yield "END\nbreak;\n"
@@ -361,8 +370,9 @@ def baked_launch(
         *divisor_words(tile.extent_w),
         *divisor_words(gather.w.stride),
         *divisor_words(copied),
-        gather.h.origins[0],
-        gather.w.origins[0],
+        # Otherwise they are in memory.
+        0 if needs_origins(gather) else gather.h.origins[0],
+        0 if needs_origins(gather) else gather.w.origins[0],
         activation,
         config.chunk,
         block.chunks,

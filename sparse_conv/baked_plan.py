@@ -17,6 +17,9 @@ from sparse_conv.tiling import PACKS, DeviceLimits, phase_outputs
 
 # The compiler takes a second for 15,000 to 20,000 of them, on one core.
 MOST_PRODUCTS = 60_000
+# The compiler's time grows with the number of pieces, too: 2 s for 1,024 of them in one
+# function, 23 s for 4,096.
+MOST_PIECES = 4096
 # Fewer products would be spent for each input that is read.
 LEAST_OUTPUTS = 4
 
@@ -94,13 +97,16 @@ def choose_baked_block(
     best, best_clocks = None, float("inf")
     for config in _candidates(gather, dtype, device):
         block = make_baked_block(gather, dtype, config, device)
-        if block is None:
+        if block is None or block.parts * block.chunks > MOST_PIECES:
             continue
         clocks = baked_clocks(gather, dtype, nnz, block, device)
         if clocks < best_clocks:
             best, best_clocks = block, clocks
     if best is None:
-        reason = "no tile of the input fits into shared memory"
+        reason = (
+            "no tile of the input fits into shared memory, or the code would have more "
+            f"than {MOST_PIECES} pieces"
+        )
         return BakedChoice(None, best_clocks, reason)
     config = best.config
     return BakedChoice(
@@ -145,9 +151,9 @@ def _candidates(
                 continue
             pixels = warps * WARP
             for tile_w in {min(w, width) for w in (8, 14, 16, 28, 32, 56, 64)}:
-                tile_h = _even(height, pixels // tile_w)
-                if tile_h * tile_w > pixels or 2 * tile_h * tile_w <= pixels:
+                if tile_w > pixels:
                     continue
+                tile_h = _even(height, pixels // tile_w)
                 needed = -(-tile_h * tile_w // WARP)
                 for resident in _residents(outputs, needed):
                     for chunk in _chunks(group_in):

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from sparse_conv.tensor_cache import cached
+
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -90,6 +92,15 @@ def memory_of(tensor: tf.Tensor) -> Memory:
     capsule = tf.experimental.dlpack.to_dlpack(tensor)
     head = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     return Memory((head.data or 0) + head.byte_offset, capsule)
+
+
+def known_memory(tensor: tf.Tensor) -> Memory:
+    """`memory_of`, looked up once for each tensor object.
+
+    Every look-up waits for TensorFlow's stream, and the passes of a training step share
+    their operands.
+    """
+    return cached(tensor, "memory", lambda: memory_of(tensor))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -120,7 +120,8 @@ def _build_wgrad(
     if 0 in shape or 0 in shape_of(x) or 0 in shape_of(dy):
         return lambda *_: _zeros(shape, dtype, place)
     one = Pass("wgrad", problem, dtype, place, shape)
-    return _moving(_chosen_run(convolution, one, backend, None), operands, place)
+    run = _chosen_run(convolution, one, backend, None)
+    return _moving(run, operands, place, has_kernel=False)
 
 
 def _has_no_products(convolution: Convolution, w: tf.Tensor) -> bool:
@@ -235,16 +236,37 @@ def _common_place(operands: Sequence[tf.Tensor]) -> Place:
     return gpus[0] if gpus else places.pop()
 
 
-def _moving(run: Run, operands: Sequence[tf.Tensor], place: Place) -> Run:
+def _moving(
+    run: Run, operands: Sequence[tf.Tensor], place: Place, has_kernel: bool = True
+) -> Run:
     """`run`, behind copies of the operands to `place` where they live elsewhere."""
     if all(place_of(operand) == place for operand in operands):
         return run
 
     def moved(*operands: tf.Tensor) -> tf.Tensor:
-        with tf.device(place.device):
-            return run(*(tf.identity(operand) for operand in operands))
+        return run(*(moved_to(place, operand) for operand in operands))
 
-    return moved
+    def moved_with_kernel(read: tf.Tensor, w: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
+        others = (moved_to(place, operand) for operand in rest)
+        return run(moved_to(place, read), kept_at(place, w), *others)
+
+    return moved_with_kernel if has_kernel else moved
+
+
+def moved_to(place: Place, tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor, or a copy of it, at a place."""
+    if place_of(tensor) == place:
+        return tensor
+    with tf.device(place.device):
+        return tf.identity(tensor)
+
+
+def kept_at(place: Place, w: tf.Tensor) -> tf.Tensor:
+    """As `moved_to`, with the copy kept as long as the tensor.
+
+    A kernel is used again and again, and what is derived from it belongs to one tensor.
+    """
+    return cached(w, ("at", place), lambda: moved_to(place, w))
 
 
 def _zeros(shape: Sequence[int], dtype: tf.DType, place: Place) -> tf.Tensor:

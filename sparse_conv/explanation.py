@@ -22,7 +22,7 @@ from sparse_conv.bridge import HOST, Place, gpu_place, place_of
 from sparse_conv.choice import PASSES
 from sparse_conv.convolution import Convolution, Pass
 from sparse_conv.costs import Estimate
-from sparse_conv.execution import build_run
+from sparse_conv.execution import build_run, kept_at
 from sparse_conv.ops import convolution_of, geometry_of
 from sparse_conv.problem import Problem
 from sparse_conv.sparse_kernel import SparseKernel, check_dtype
@@ -373,9 +373,7 @@ def _operands(subject: _Subject, name: str) -> list[tf.Tensor]:
         kernel = subject.filters
         w = kernel.values if isinstance(kernel, SparseKernel) else kernel
         # The kernel's own tensor where it can be: what is compiled belongs to it.
-        w = tf.cast(w, subject.dtype)
-        if place_of(w) != subject.place:
-            w = tf.identity(w)
+        w = kept_at(subject.place, tf.cast(w, subject.dtype))
     return {"fprop": [x, w], "dgrad": [dy, w], "wgrad": [x, dy]}[name]
 
 

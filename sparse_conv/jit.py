@@ -71,8 +71,8 @@ def load_function(
         function: Name of the function and of its file.
         defines: Compile-time macros as (name, value).
         device: Number of the CUDA device.
-        code: Generated text, see `source`. A function that has some is not memoised:
-            it serves one kernel, and dies with it.
+        code: Generated text, see `source`. A function that has some serves one kernel,
+            and isn't memoised here; CuPy keeps what it has loaded, though.
 
     Returns:
         A `cupy.RawKernel` that may use as much shared memory as the device has.

@@ -31,12 +31,14 @@ def _derived(tensor: tf.Tensor) -> dict[Hashable, Any]:
     with _lock:
         entry = _entries.get(identity)
         if entry is None or entry[0]() is not tensor:
-
-            def forget(reference: weakref.ref) -> None:
-                with _lock:
-                    current = _entries.get(identity)
+            # Bound here: when the process ends, the module's names go first.
+            def forget(
+                reference: weakref.ref, entries: dict = _entries, lock: Any = _lock
+            ) -> None:
+                with lock:
+                    current = entries.get(identity)
                     if current is not None and current[0] is reference:
-                        del _entries[identity]
+                        del entries[identity]
 
             entry = (weakref.ref(tensor, forget), {})
             _entries[identity] = entry

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from sparse_conv import baked, baked_plan, jit
 from sparse_conv.activations import get as get_activation
 from sparse_conv.baked import BakedConfig
-from sparse_conv.gather import fprop_gather
+from sparse_conv.gather import dgrad_gather, fprop_gather
 from sparse_conv.launch import Launch
 from tests.baked_passes import (
     baked_calls,
@@ -23,7 +24,14 @@ from tests.baked_passes import (
     run_baked,
 )
 from tests.emulated_passes import LARGE_GPU, SMALL_GPU
-from tests.problems import DTYPES, FEW_PROBLEMS, PROBLEMS, make, make_data
+from tests.problems import (
+    DTYPES,
+    FEW_PROBLEMS,
+    PROBLEMS,
+    make,
+    make_data,
+    random_problems,
+)
 from tests.reference import conv2d_reference, dgrad_reference
 from tests.test_kernels_compile import architectures, compile_text
 from tests.tolerance import assert_exact, assert_within, error_bound
@@ -174,6 +182,84 @@ def test_refusals_name_their_reason():
     assert "too long to compile" in reason(problem, nnz=10**6)
     few = make((1, 9, 9, 8), (3, 3, 8, 3))
     assert "at least 4 output channels" in reason(few)
+
+
+def random_case(number: int):
+    rng = np.random.default_rng(number)
+    problem = random_problems(40, seed=7)[number]
+    dtype = FLOATS[number % len(FLOATS)]
+    pick = [int(rng.choice(options)) for options in ((1, 2, 4, 64), (1, 2, 4, 64))]
+    config = BakedConfig(pick[0], 2, 1, *((3, 9), (5, 5), (2, 13))[number % 3], pick[1])
+    return problem, dtype, config
+
+
+@pytest.mark.parametrize("number", range(0, 40, 2))
+def test_random_problems_are_exact(number):
+    problem, dtype, config = random_case(number)
+    data = make_data(problem, dtype, 0.4, whole=True)
+    if data.dy.size:
+        got = run_baked(baked_fprop_calls(problem, data, dtype, config))
+        assert_exact(got, conv2d_reference(data.x, data.dense, problem), "fprop")
+        got = run_baked(baked_dgrad_calls(problem, data, dtype, config))
+        assert_exact(got, dgrad_reference(data.dy, data.dense, problem), "dgrad")
+
+
+def test_weights_that_are_no_numbers_are_weights():
+    problem = make((1, 4, 5, 2), (1, 1, 2, 8))
+    data = make_data(problem, "float32", 1.0, whole=True)
+    special = [np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-45, 3.4e38, -1.0]
+    data.values[:] = np.resize(np.float32(special), data.values.shape)
+    got = run_baked(baked_fprop_calls(problem, data, "float32", WHOLE))
+    dense = np.zeros(problem.kernel_shape, np.float32)
+    dense.reshape(-1)[data.pattern.positions()] = data.values
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = data.x[..., :, None].astype(np.float64) * dense[0, 0]
+        expected = products.sum(-2).astype(np.float32)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_sizes_that_tiles_hardly_fit_are_not_refused():
+    for problem, gather_of in (
+        (make((8, 4, 4, 64), (3, 3, 64, 64)), fprop_gather),
+        (make((1, 9, 9, 8), (3, 3, 8, 8), dilations=4), fprop_gather),
+        (make((1024, 7, 7, 64), (3, 3, 64, 64)), fprop_gather),
+        (make((32, 1, 4096, 16), (1, 9, 16, 16)), fprop_gather),
+        (make((256, 14, 14, 64), (3, 3, 64, 64), 2), dgrad_gather),
+    ):
+        choice = baked_plan.choose_baked_block(
+            gather_of(problem), "float32", 1000, LARGE_GPU
+        )
+        assert choice.block is not None, (str(problem), choice.reason)
+
+
+def test_pieces_are_bounded(monkeypatch):
+    gather = dgrad_gather(make((1, 40, 40, 64), (3, 3, 4, 64), 4))
+    choice = baked_plan.choose_baked_block(gather, "float32", 200, LARGE_GPU)
+    assert choice.block.parts * choice.block.chunks <= baked_plan.MOST_PIECES
+    monkeypatch.setattr(baked_plan, "MOST_PIECES", 10)
+    baked_plan.choose_baked_block.cache_clear()
+    refused = baked_plan.choose_baked_block(gather, "float32", 200, LARGE_GPU)
+    baked_plan.choose_baked_block.cache_clear()
+    assert "more than 10 pieces" in refused.reason
+    monkeypatch.setattr(baked, "FUNCTION_PIECES", 4)
+    data = make_data(VARIED[0], "float32", 1.0, whole=True)
+    for call in baked_fprop_calls(VARIED[0], data, "float32", SMALL):
+        assert call.launch.code.count("case ") <= 4
+
+
+def test_the_text_and_the_plan_agree_on_sizes():
+    text = jit.source("conv2d_baked")
+
+    def number(name):
+        return int(re.search(rf"#define {name} (\d+)", text)[1])
+
+    assert number("STAGED") == baked.STAGED
+    loads = re.search(r"#define LOADS \(MANY_CHUNKS \? (\d+) : (\d+)\)", text)
+    assert tuple(map(int, loads.groups())) == (
+        baked_plan._CHUNK_LOADS,
+        baked_plan._LOADS,
+    )
+    assert f"static_assert(sizeof(Shared) == {baked.SHARED_BYTES}" in text
 
 
 def test_the_choice_fits_the_gpu_and_covers_every_output():

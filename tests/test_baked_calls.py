@@ -5,6 +5,8 @@ The rules are tested without a GPU; on one, the whole way of a call.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -20,28 +22,40 @@ from tests.problems import make, make_data
 from tests.reference import conv2d_reference, dgrad_reference
 
 
-class Rows:
-    """Stands in for a pattern's rows: a kernel that exists."""
+@pytest.fixture
+def compiled() -> list[float]:
+    """The values for which code was generated."""
+    return []
 
 
 @pytest.fixture
-def code(monkeypatch) -> BakedCode:
+def code(monkeypatch, compiled) -> BakedCode:
     """Code whose compiler is replaced by one that names the values it compiled."""
 
-    def compile_values(reference, values):
-        return [float(values[0])]
+    def compile_values(code_reference, state_reference):
+        state = state_reference()
+        if state is None:
+            return None
+        compiled.append(float(state.values[0]))
+        if compiled[-1] < 0:
+            raise ValueError("negative values don't compile")
+        return [compiled[-1]]
 
     def memory(tensor):
         # The same numbers are the same memory, as for a tensor that a graph hands over.
-        return Memory(int(tensor[0]) + 1, tensor)
+        return Memory(int(tensor[0]) + 1000, tensor)
 
     monkeypatch.setattr(cuda_baked, "_compile", compile_values)
-    monkeypatch.setattr(cuda_baked, "_memory", memory)
-    return BakedCode("shape", Rows, tf.float32, None, HOST, set())
+    monkeypatch.setattr(cuda_baked, "known_memory", memory)
+    return BakedCode("shape", lambda: None, tf.float32, None, HOST, set())
+
+
+def values_of(number: float) -> tf.Tensor:
+    return tf.constant([number])
 
 
 def test_code_is_generated_for_values_that_are_used_again(code):
-    values = tf.constant([7.0])
+    values = values_of(7.0)
     assert code.loaded(values, waits=False) is None
     assert code.loaded(values, waits=False) is None
     code.loaded(values, waits=False)
@@ -50,24 +64,52 @@ def test_code_is_generated_for_values_that_are_used_again(code):
 
 
 def test_a_forced_algorithm_waits_for_the_compiler(code):
-    assert code.loaded(tf.constant([7.0]), waits=True) == [7.0]
+    assert code.loaded(values_of(7.0), waits=True) == [7.0]
 
 
-def test_the_same_memory_in_another_tensor_is_the_same_kernel(code):
-    code.loaded(tf.constant([7.0]), waits=True)
-    assert code.loaded(tf.constant([7.0]), waits=False) == [7.0]
+def test_the_same_memory_in_another_tensor_is_the_same_kernel(code, compiled):
+    for _ in range(5):
+        assert code.loaded(values_of(7.0), waits=True) == [7.0]
+    assert compiled == [7.0]
 
 
 def test_other_values_never_meet_old_code(code):
-    code.loaded(tf.constant([7.0]), waits=True)
-    for number in range(10):
-        assert code.loaded(tf.constant([float(number)]), waits=False) is None
-    assert code.loaded(tf.constant([3.0]), waits=True) == [3.0]
+    code.loaded(values_of(7.0), waits=True)
+    for number in range(10, 20):
+        assert code.loaded(values_of(float(number)), waits=False) is None
+    assert code.loaded(values_of(3.0), waits=True) == [3.0]
+
+
+def test_values_that_take_turns_keep_their_code(code, compiled):
+    for _ in range(5):
+        for number in (1.0, 2.0, 3.0):
+            assert code.loaded(values_of(number), waits=True) == [number]
+    assert compiled == [1.0, 2.0, 3.0]
+
+
+def test_values_that_were_replaced_are_not_compiled(code, compiled):
+    blocked = threading.Event()
+    for _ in range(4):
+        # All threads are busy while other values come and go.
+        cuda_baked._kernel_workers.submit(blocked.wait)
+    for number in range(20):
+        for _ in range(cuda_baked._USES):
+            code.loaded(values_of(float(number)), waits=False)
+    blocked.set()
+    cuda_baked.finish_compiling()
+    assert sorted(compiled) == [16.0, 17.0, 18.0, 19.0]
+
+
+def test_what_does_not_compile_raises_in_the_calls_that_want_it(code):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="don't compile"):
+            code.loaded(values_of(-1.0), waits=True)
+    cuda_baked.finish_compiling()
 
 
 def test_threads_with_different_values(code):
     def use(number: float, wrong: list) -> None:
-        values = tf.constant([number])
+        values = values_of(number)
         for _ in range(200):
             if code.loaded(values, waits=True) != [number]:
                 wrong.append(number)
@@ -83,14 +125,37 @@ def test_threads_with_different_values(code):
 
 def test_many_shapes_are_not_compiled_unasked(code):
     code._shapes.update(f"shape {number}" for number in range(cuda_baked._SHAPES))
-    values = tf.constant([7.0])
+    values = values_of(7.0)
+    for _ in range(5):
+        assert code.loaded(values, waits=False) is None
+    assert code.loaded(values, waits=True) == [7.0]
+
+
+def test_many_kernels_are_not_compiled_unasked(code, monkeypatch):
+    monkeypatch.setattr(cuda_baked, "_started", cuda_baked._KERNELS)
+    values = values_of(7.0)
     for _ in range(5):
         assert code.loaded(values, waits=False) is None
     assert code.loaded(values, waits=True) == [7.0]
 
 
 def test_a_kernel_that_no_longer_exists_is_not_compiled():
-    assert cuda_baked._compile(lambda: None, tf.constant([1.0])) == []
+    assert cuda_baked._compile(lambda: None, lambda: None) is None
+
+
+SHORT_PROGRAM = """
+import time
+from sparse_conv.background import Workers
+
+workers = Workers(2, "test")
+assert workers.submit(lambda: 7).result() == 7
+for _ in range(10):
+    workers.submit(lambda: time.sleep(60))
+"""
+
+
+def test_the_end_of_a_process_waits_for_no_compiler():
+    subprocess.run([sys.executable, "-c", SHORT_PROGRAM], check=True, timeout=50)
 
 
 @pytest.fixture(scope="module")
@@ -177,4 +242,21 @@ def test_prepare_compiles_ahead(gpu):
         data.x.shape, 1, "SAME", algorithm="baked", passes=("fprop",)
     )
     assert explanation.passes[0].algorithm == "baked"
-    assert not cuda_baked._pending
+    started = cuda_baked._started
+    for _ in range(5):
+        sparse_conv.conv2d(tf.constant(data.x), kernel, 1, "SAME", algorithm="baked")
+    assert cuda_baked._started == started
+
+
+@pytest.mark.gpu
+def test_a_kernel_in_host_memory_is_compiled_once(gpu):
+    data = exact_data()
+    with tf.device("/CPU:0"):
+        kernel = sparse_conv.SparseKernel.from_dense(data.dense)
+    x = tf.constant(data.x)
+    started = cuda_baked._started
+    for _ in range(4):
+        y = sparse_conv.conv2d(x, kernel, 1, "SAME", algorithm="baked")
+    exact = conv2d_reference(data.x, data.dense, PROBLEM)
+    np.testing.assert_array_equal(y.numpy(), exact)
+    assert cuda_baked._started == started + 1

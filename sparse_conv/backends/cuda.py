@@ -20,10 +20,10 @@ import tensorflow as tf
 from sparse_conv import bridge, costs, plan
 from sparse_conv.activations import LINEAR
 from sparse_conv.backends import cuda_baked, cuda_costs
-from sparse_conv.backends.cuda_baked import BakedCode, baked_run
+from sparse_conv.backends.cuda_baked import BakedCode, BakedRun
 from sparse_conv.baked import needs_origins
 from sparse_conv.baked_plan import choose_baked_block
-from sparse_conv.bridge import Memory, Place
+from sparse_conv.bridge import Memory, Place, known_memory
 from sparse_conv.costs import Estimate
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.launch import WARP, Launch
@@ -111,7 +111,7 @@ def fprop(
         return generic
     code = _baked_code("fprop", gather, pattern, dtype, place)
     fixed = _baked_operands(gather, place)
-    return baked_run(code, activation, fixed, shape, generic, waits=waits)
+    return BakedRun(code, activation, fixed, shape, generic, waits=waits)
 
 
 def dgrad(
@@ -146,7 +146,7 @@ def dgrad(
         return generic
     code = _baked_code("dgrad", gather, pattern, dtype, place)
     fixed = _baked_operands(gather, place)
-    return baked_run(code, LINEAR.code, fixed, shape, generic, waits=waits)
+    return BakedRun(code, LINEAR.code, fixed, shape, generic, waits=waits)
 
 
 def wgrad(
@@ -180,8 +180,8 @@ def wgrad(
         _, workspace = bridge.output(cells, _CELL, place)
         dw, memory = bridge.output(shape, dtype, place)
         operands = {
-            "read": _known_memory(x),
-            "gradient": _known_memory(dy),
+            "read": known_memory(x),
+            "gradient": known_memory(dy),
             "workspace": workspace,
             "write": memory,
         }
@@ -245,15 +245,15 @@ def _gather_run(
 
     def run(read: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
         write, memory = bridge.output(shape, dtype, place)
-        operands = {"read": _known_memory(read), "write": memory}
+        operands = {"read": known_memory(read), "write": memory}
         if rows is None:
             operands |= cached(
                 w, compress, lambda: _compressed(w, gather, compress, place)
             )
         else:
-            operands["values"] = _known_memory(w)
+            operands["values"] = known_memory(w)
         if bias is not None:
-            operands["bias"] = _known_memory(bias)
+            operands["bias"] = known_memory(bias)
         with ordered(ordinal) as lane:
             lane.launch(step, operands)
         return write
@@ -284,15 +284,6 @@ def _baked_code(
 
 def _baked_operands(gather: Gather, place: Place) -> Operands:
     return {"origins": _origins(gather, place)} if needs_origins(gather) else {}
-
-
-def _known_memory(tensor: tf.Tensor) -> Memory:
-    """The tensor's memory, looked up once for each tensor object.
-
-    Every look-up waits for TensorFlow's stream, and the passes of a training step share
-    their operands.
-    """
-    return cached(tensor, "memory", lambda: bridge.memory_of(tensor))
 
 
 def _nonzeros(problem: Problem, pattern: Pattern | None) -> int:
@@ -349,7 +340,7 @@ def _compressed(w: tf.Tensor, gather: Gather, launch: Launch, place: Place) -> O
         "values": bridge.empty((slots,), w.dtype, place),
     }
     rows = {name: bridge.memory_of(tensor) for name, tensor in results.items()}
-    operands = {**rows, "kernel": _known_memory(w)}
+    operands = {**rows, "kernel": known_memory(w)}
     ordinal = bridge.ordinal_of(place)
     step = Step(launch, ordinal, {"taps": _kernel_taps(gather, place)})
     with ordered(ordinal) as lane:

@@ -7,50 +7,53 @@ compiled functions; which code that is, `baked` knows.
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from sparse_conv import baked, bridge, jit
+from sparse_conv.background import Workers
 from sparse_conv.baked import BakedBlock, BakedFunction
-from sparse_conv.bridge import Memory, Place
+from sparse_conv.bridge import Memory, Place, known_memory
 from sparse_conv.gather import Gather
 from sparse_conv.pattern import Rows
 from sparse_conv.streams import Step, ordered
-from sparse_conv.tensor_cache import cached
 
 # Code is generated for values once they have been used so often: what is called once
 # or twice is over before it would be ready.
 _USES = 3
-# Kernels whose code is generated at a time, and functions that are compiled at a time.
-_KERNELS = 4
-_COMPILERS = 4
-# For so many shapes of a kernel code is generated unasked; with a new shape in every
-# call the compiler would never rest, and memory would fill up.
+# Of how many tensors of values the code of a pass is kept.
+_TENSORS = 4
+# For so many shapes of a kernel code is generated unasked: with a new shape in every
+# call the compiler would never rest.
 _SHAPES = 16
-# Vectors are copied and stored 16 bytes at a time.
+# So often is code generated unasked in one process, because CuPy keeps all that it has
+# ever loaded.
+_KERNELS = 512
+# Vectors are copied 16 bytes at a time.
 _ALIGNMENT = 16
 
-_Loaded = list[tuple[BakedFunction, Any]]
-
-_lock = threading.Lock()
+# A kernel's job waits for those of its functions, so they have threads of their own.
+_kernel_workers = Workers(4, "sparse_conv_kernel")
+_function_workers = Workers(4, "sparse_conv_function")
 _pending: set[Future] = set()
+_lock = threading.Lock()
+_started = 0
+
+_Loaded = list[tuple[BakedFunction, Any]]
 
 
 def finish_compiling() -> None:
     """Waits for all code that is being compiled.
 
-    Raises:
-        CompileError: Some of it didn't compile.
+    What didn't compile raises in the calls that would use it.
     """
-    for future in wait(list(_pending)).done:
-        future.result()
+    wait(list(_pending))
 
 
 class _State:
@@ -58,14 +61,12 @@ class _State:
 
     Attributes:
         values: Held, so that no other tensor can have this one's memory.
-        address: Of the values.
         uses: Calls that would have used the code.
         future: The compiled functions; None before the compiler was started.
     """
 
-    def __init__(self, values: tf.Tensor, address: int):
+    def __init__(self, values: tf.Tensor):
         self.values = values
-        self.address = address
         self.uses = 0
         self.future: Future | None = None
 
@@ -96,12 +97,14 @@ class BakedCode:
             shapes: For which shapes code was generated; all of a kernel share it.
         """
         self.gather = gather
-        self.rows = rows
+        self.make_rows = rows
         self.dtype = dtype
         self.block = block
         self.place = place
         self._shapes = shapes
-        self._state: _State | None = None
+        # By the values' address, the latest last.
+        self._states: dict[int, _State] = {}
+        self._latest: _State | None = None
 
     def loaded(self, values: tf.Tensor, *, waits: bool) -> _Loaded | None:
         """The compiled functions for these values.
@@ -118,11 +121,9 @@ class BakedCode:
             CompileError: The code didn't compile.
         """
         # Read once: another thread may come with other values at any time.
-        state = self._state
+        state = self._latest
         if state is None or values is not state.values:
-            address = _memory(values).address
-            if state is None or address != state.address:
-                state = self._state = _State(values, address)
+            state = self._latest = self._state_of(values)
         if state.future is None:
             state.uses += 1
             if not waits and (state.uses < _USES or self._is_one_too_many()):
@@ -132,108 +133,127 @@ class BakedCode:
             return None
         return state.future.result()
 
+    def _state_of(self, values: tf.Tensor) -> _State:
+        address = known_memory(values).address
+        with _lock:
+            state = self._states.pop(address, None) or _State(values)
+            self._states[address] = state
+            if len(self._states) > _TENSORS:
+                del self._states[next(iter(self._states))]
+            return state
+
     def _is_one_too_many(self) -> bool:
-        return self.gather not in self._shapes and len(self._shapes) >= _SHAPES
+        is_new = self.gather not in self._shapes
+        return _started >= _KERNELS or (is_new and len(self._shapes) >= _SHAPES)
 
     def _start(self, state: _State) -> None:
         """Starts the compiler, unless another thread has done so."""
+        global _started
         with _lock:
-            if state.future is None:
-                self._shapes.add(self.gather)
-                reference = weakref.ref(self)
-                state.future = _submit(lambda: _compile(reference, state.values))
+            if state.future is not None:
+                return
+            _started += 1
+            self._shapes.add(self.gather)
+            wanted = weakref.ref(self), weakref.ref(state)
+            state.future = _kernel_workers.submit(lambda: _compile(*wanted))
+            _pending.add(state.future)
+        state.future.add_done_callback(_pending.discard)
 
 
-@functools.cache
-def _executors() -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
-    """Threads for kernels, which wait for the second ones, those for functions."""
-    return (
-        ThreadPoolExecutor(_KERNELS, "sparse_conv_kernel"),
-        ThreadPoolExecutor(_COMPILERS, "sparse_conv_compiler"),
-    )
+def _compile(code_reference: weakref.ref, state_reference: weakref.ref) -> Any:
+    """Generates, compiles and loads what is still wanted; None if it no longer is.
 
-
-def _submit(job: Callable[[], Any]) -> Future:
-    future = _executors()[0].submit(job)
-    _pending.add(future)
-    future.add_done_callback(_pending.discard)
-    return future
-
-
-def _compile(reference: weakref.ref, values: tf.Tensor) -> _Loaded:
-    """Generates, compiles and loads; gives up on a kernel that no longer exists."""
-    code = reference()
-    rows = None if code is None else code.rows()
-    if rows is None or not threading.main_thread().is_alive():
-        return []
+    Args:
+        code_reference: Of a BakedCode, which dies with its kernel.
+        state_reference: Of its _State, which dies when other values have come and
+            nobody waits.
+    """
+    code, state = code_reference(), state_reference()
+    rows = code.make_rows() if code is not None and state is not None else None
+    if rows is None:
+        return None
+    values = state.values
     wide = tf.cast(values, tf.float32) if values.dtype.size == 2 else values
     functions = baked.bake(
         code.gather, rows, np.asarray(wide), code.dtype.name, code.block
     )
+    futures = [
+        _function_workers.submit(lambda function=function: _load(code, function))
+        for function in functions
+    ]
+    return [future.result() for future in futures]
+
+
+def _load(code: BakedCode, function: BakedFunction) -> tuple[BakedFunction, Any]:
+    launch = baked.baked_launch(code.gather, code.dtype.name, code.block, function)
     ordinal = bridge.ordinal_of(code.place)
-
-    def load(function: BakedFunction) -> tuple[BakedFunction, Any]:
-        launch = baked.baked_launch(code.gather, code.dtype.name, code.block, function)
-        compiled = jit.load_function(
-            launch.function, launch.defines, ordinal, launch.code
-        )
-        # The text has served.
-        return BakedFunction("", function.parts), compiled
-
-    return list(_executors()[1].map(load, functions))
+    compiled = jit.load_function(launch.function, launch.defines, ordinal, launch.code)
+    # The text has served.
+    return BakedFunction("", function.parts), compiled
 
 
-def baked_run(
-    code: BakedCode,
-    activation: int,
-    fixed: Mapping[str, Memory],
-    shape: tuple[int, ...],
-    generic: Callable[..., tf.Tensor],
-    *,
-    waits: bool,
-) -> Callable[..., tf.Tensor]:
-    """The function of a pass.
+class BakedRun:
+    """A pass by generated code, or by `generic` where and while there is none."""
 
-    Args:
-        code: The pass's code.
-        activation: Code of the activation.
-        fixed: The memory of operands that are the same at each use.
-        shape: The result's.
-        generic: The same pass by functions that read pattern and values.
-        waits: Whether the first call waits for the compiler.
-    """
-    ordinal = bridge.ordinal_of(code.place)
-    known: tuple[Any, list[Step]] = (None, [])
+    def __init__(
+        self,
+        code: BakedCode,
+        activation: int,
+        fixed: Mapping[str, Memory],
+        shape: tuple[int, ...],
+        generic: Callable[..., tf.Tensor],
+        *,
+        waits: bool,
+    ):
+        """Prepares the pass.
 
-    def steps_of(loaded: _Loaded) -> list[Step]:
-        nonlocal known
-        if known[0] is not loaded:
-            name, block = code.dtype.name, code.block
-            steps = []
-            for function, compiled in loaded:
-                launch = baked.baked_launch(
-                    code.gather, name, block, function, activation
-                )
-                steps.append(Step(launch, ordinal, fixed, compiled))
-            known = (loaded, steps)
-        return known[1]
+        Args:
+            code: The pass's code.
+            activation: Code of the activation.
+            fixed: The memory of operands that are the same at each use.
+            shape: The result's.
+            generic: The same pass by functions that read pattern and values.
+            waits: Whether the first call waits for the compiler.
+        """
+        self._code = code
+        self._activation = activation
+        self._fixed = fixed
+        self._shape = shape
+        self._generic = generic
+        self._waits = waits
+        self._ordinal = bridge.ordinal_of(code.place)
+        self._steps: tuple[_Loaded | None, list[Step]] = (None, [])
 
-    def run(read: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        loaded = code.loaded(w, waits=waits)
-        source = _memory(read)
-        if loaded is None or source.address % _ALIGNMENT:
-            return generic(read, w, bias)
-        write, memory = bridge.output(shape, code.dtype, code.place)
+    def __call__(
+        self, read: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Computes the pass; the operands live on the code's GPU."""
+        code = self._code
+        loaded = code.loaded(w, waits=self._waits)
+        source = known_memory(read)
+        aligned = source.address % _ALIGNMENT == 0 or not code.block.tile.copies_vectors
+        if loaded is None or not aligned:
+            return self._generic(read, w, bias)
+        write, memory = bridge.output(self._shape, code.dtype, code.place)
         operands = {"read": source, "write": memory}
         if bias is not None:
-            operands["bias"] = _memory(bias)
-        with ordered(ordinal) as lane:
-            for step in steps_of(loaded):
+            operands["bias"] = known_memory(bias)
+        steps = self._steps_of(loaded)
+        with ordered(self._ordinal) as lane:
+            for step in steps:
                 lane.launch(step, operands)
         return write
 
-    return run
+    def _steps_of(self, loaded: _Loaded) -> list[Step]:
+        known, steps = self._steps
+        if known is not loaded:
+            steps = [self._step(*function) for function in loaded]
+            self._steps = (loaded, steps)
+        return steps
 
-
-def _memory(tensor: tf.Tensor) -> Memory:
-    return cached(tensor, "memory", lambda: bridge.memory_of(tensor))
+    def _step(self, function: BakedFunction, compiled: Any) -> Step:
+        code = self._code
+        launch = baked.baked_launch(
+            code.gather, code.dtype.name, code.block, function, self._activation
+        )
+        return Step(launch, self._ordinal, self._fixed, compiled)
