@@ -26,15 +26,16 @@ import numpy as np
 from numba import njit
 
 from sparse_conv.backends import cpu_threads
-from sparse_conv.backends.cpu_plan import Job, PlanTables, make_plan
+from sparse_conv.backends.cpu_plan import CHAIN_ENTRIES, Job, PlanTables, make_plan
 from sparse_conv.backends.cpu_vectors import (
     TILE_CELLS,
     VECTOR_BYTES,
     add_correlations,
-    add_products,
+    finish_stores,
     gather_square,
     lanes,
     scatter_square,
+    sum_products,
 )
 from sparse_conv.gather import Gather
 from sparse_conv.pattern import Rows
@@ -44,8 +45,6 @@ WGRAD_THREADS = 16
 # Scratch memory that a thread keeps for its next task: new pages cost more than the
 # computation.
 KEPT_BYTES = 8 * 2**20
-# Output channels whose gradients are packed at once.
-GRADIENT_CHANNELS = 16
 
 
 def _sources_digest() -> int:
@@ -117,12 +116,14 @@ class Entries(NamedTuple):
         offsets: (entries,) int32, what each entry reads, in cells.
         values: (entries,) numbers.
         splits: (rows, blocks + 1) int32, where each row's blocks of channels begin.
+        lengths: (rows, blocks) int32, the entries of a chain in each block.
     """
 
     tables: PlanTables
     offsets: np.ndarray
     values: np.ndarray
     splits: np.ndarray
+    lengths: np.ndarray
 
 
 def caches() -> list[Path]:
@@ -175,10 +176,14 @@ def prepare(gather: Gather, rows: Rows, values: np.ndarray) -> Entries:
     """
     threads = cpu_threads.thread_count()
     tables = _tables(gather, values.dtype, len(rows.indices), threads)
-    offsets, ordered, splits = _prepare(tables, rows, values)
-    offsets, ordered = offsets.copy(), ordered.copy()
-    _sort_chains(tables.record, splits, offsets, ordered)
-    return Entries(tables, _frozen(offsets), _frozen(ordered), splits)
+    used, offsets, splits = _place_entries(tables, rows)
+    lengths = chain_lengths(np.diff(splits, axis=1))
+    ordered = values[used] if rows.order is None else values[rows.order[used]]
+    order = _chain_order(ordered, splits, lengths)
+    return Entries(
+        tables, _frozen(offsets[order]), _frozen(ordered[order]), _frozen(splits),
+        _frozen(lengths),
+    )  # fmt: skip
 
 
 def gather_entries(
@@ -191,15 +196,15 @@ def gather_entries(
     """As `gather`, for entries that are prepared."""
     tables, plan = entries.tables, entries.tables.plan
     if bias is None:
-        bias = np.empty(0, read.dtype)
+        bias = np.zeros(plan.groups * plan.group_outputs, read.dtype)
     flat_read, flat_write = _frozen(read.reshape(-1)), write.reshape(-1)
     bias = _frozen(bias)
 
     def task(number: int) -> None:
         _gather_task(
             tables.record, number, tables.outer_origins, tables.inner_origins,
-            tables.image_rows, entries.offsets, entries.values, entries.splits,
-            flat_read, flat_write, bias, activation,
+            tables.image_rows, tables.places, entries.offsets, entries.values,
+            entries.splits, entries.lengths, flat_read, flat_write, bias, activation,
             _cells(tables.gather_cells, plan.lanes, read.dtype),
         )  # fmt: skip
 
@@ -231,8 +236,10 @@ def wgrad(
         dvalues[...] = 0
         return
     tables = _tables(gather, read.dtype, dvalues.size, WGRAD_THREADS, wgrad=True)
-    offsets, _, splits = _prepare(tables, rows, dvalues)
-    partial = _correlate(tables, offsets, splits, read, gradient, dvalues.size)
+    _, offsets, splits = _place_entries(tables, rows)
+    partial = _correlate(
+        tables, _frozen(offsets), _frozen(splits), read, gradient, dvalues.size
+    )
     _sum_slots(partial, dvalues)
 
 
@@ -274,7 +281,8 @@ def _tables(
     gather: Gather, dtype: np.dtype, entries: int, threads: int, wgrad: bool = False
 ) -> PlanTables:
     # Plans are cached: near numbers of entries share one.
-    rounded = 1 << max(0, int(entries) - 1).bit_length()
+    step = 1 << max(0, int(entries).bit_length() - 3)
+    rounded = -(-int(entries) // step) * step
     width = lanes(dtype.itemsize)
     return make_plan(
         Job(gather, dtype.itemsize, width, TILE_CELLS, rounded, threads, wgrad)
@@ -304,24 +312,53 @@ def _cells(count: int, lanes: int, dtype: np.dtype) -> np.ndarray:
     return buffer[first : first + size].view(dtype)
 
 
-def _prepare(
-    tables: PlanTables, rows: Rows, values: np.ndarray
+def _place_entries(
+    tables: PlanTables, rows: Rows
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each entry's offset in cells, its value, and where each row's blocks begin."""
-    offsets = np.empty(len(rows.indices), np.int32)
-    splits = np.empty((len(rows.begin), tables.plan.blocks + 1), np.int32)
-    values = _frozen(values)
-    order, ordered = rows.order, np.empty(0, values.dtype)
-    if order is None:
-        order = np.empty(0, np.int32)
-    else:
-        ordered = np.empty(len(rows.indices), values.dtype)
-    _prepare_entries(
-        tables.record, tables.offsets, _frozen(rows.begin), _frozen(rows.end),
-        _frozen(rows.indices), _frozen(order), values, offsets, ordered, splits,
-    )  # fmt: skip
-    ordered = values if rows.order is None else _frozen(ordered)
-    return _frozen(offsets), ordered, _frozen(splits)
+    """Places of the rows' entries, their offsets in cells, and the blocks' beginnings.
+
+    The places are those in `rows.indices`, without the gaps between rows; the blocks'
+    beginnings count without them.
+    """
+    plan = tables.plan
+    counts = (rows.end - rows.begin).astype(np.int64)
+    row = np.repeat(np.arange(len(counts)), counts)
+    ends = np.cumsum(counts)
+    used = np.arange(len(row)) + np.repeat(rows.begin - (ends - counts), counts)
+    indices = rows.indices[used]
+    group = np.arange(len(counts)) % (plan.groups * plan.group_outputs)
+    group = group // plan.group_outputs % plan.group_block
+    shift = (group * plan.group_channels * plan.channel_cells).astype(np.int32)
+    offsets = tables.offsets[indices] + shift[row]
+    place = row * plan.blocks + indices // plan.block_length
+    block_counts = np.bincount(place, minlength=len(counts) * plan.blocks)
+    splits = np.zeros((len(counts), plan.blocks + 1), np.int32)
+    splits[:, 0] = ends - counts
+    block_counts = block_counts.reshape(len(counts), plan.blocks)
+    splits[:, 1:] = splits[:, :1] + np.cumsum(block_counts, axis=1)
+    return used, offsets, splits
+
+
+def chain_lengths(counts: np.ndarray) -> np.ndarray:
+    """The products in one chain of each block: blocks are cut into even chains."""
+    chains = np.maximum(1, -(-counts // CHAIN_ENTRIES))
+    return np.maximum(1, -(-counts // chains)).astype(np.int32)
+
+
+def _chain_order(
+    values: np.ndarray, splits: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    """The order that sorts each chain by the values' magnitude.
+
+    A sum that takes the small products first is smaller while it is rounded.
+    """
+    counts = np.diff(splits, axis=1).reshape(-1)
+    number = np.arange(len(values)) - np.repeat(splits[:, :-1].reshape(-1), counts)
+    chain = number // np.repeat(lengths.reshape(-1), counts)
+    # Chains are numbered in order; where one begins, the number grows.
+    begins = np.diff(chain, prepend=0) != 0
+    begins |= number == 0
+    return np.lexsort((np.abs(values), np.cumsum(begins)))
 
 
 def _correlate(
@@ -339,14 +376,15 @@ def _correlate(
     longest = int((splits[:, -1] - splits[:, 0]).max())
     channels = plan.group_block * plan.group_channels
     # Planes, the gradients of some output channels, and the sums of their entries.
-    cells = channels * plan.channel_cells
-    cells += GRADIENT_CHANNELS * (plan.band * plan.strip + longest)
+    cells = 2 + channels * plan.channel_cells
+    cells += plan.output_block * (plan.band * plan.strip + longest)
 
     def task(number: int) -> None:
         _wgrad_task(
             tables.record, number, tables.slots, tables.outer_origins,
-            tables.inner_origins, tables.image_rows, offsets, splits, longest,
-            flat_read, flat_gradient, partial[number],
+            tables.inner_origins, tables.image_rows, tables.places,
+            tables.gradient_places, offsets, splits, longest, flat_read, flat_gradient,
+            partial[number],
             _cells(cells, plan.lanes, read.dtype),
         )  # fmt: skip
 
@@ -356,79 +394,43 @@ def _correlate(
 
 
 @_entry
-def _prepare_entries(
-    record, table, begin, end, indices, order, values, offsets, ordered, splits,
-    digest=_DIGEST,
-):  # fmt: skip
-    plan = record[0]
-    outputs = plan.groups * plan.group_outputs
-    group_cells = plan.group_channels * plan.channel_cells
-    for row in range(len(begin)):
-        group = (row % outputs) // plan.group_outputs
-        shift = np.int32((group % plan.group_block) * group_cells)
-        block, limit = 0, 0
-        for i in range(begin[row], end[row]):
-            index = indices[i]
-            offsets[i] = table[index] + shift
-            while index >= limit:
-                splits[row, block] = i
-                block += 1
-                limit += plan.block_length
-            if len(order) > 0:
-                ordered[i] = values[order[i]]
-        splits[row, block:] = end[row]
-
-
-@_entry
-def _sort_chains(record, splits, offsets, values, digest=_DIGEST):
-    """Sorts each chain by the values' magnitude, in place.
-
-    A sum that takes the small products first is smaller while it is rounded.
-    """
-    plan = record[0]
-    for row in range(len(splits)):
-        for block in range(plan.blocks):
-            end = splits[row, block + 1]
-            for first in range(splits[row, block], end, plan.chain):
-                for i in range(first + 1, min(end, first + plan.chain)):
-                    value, offset = values[i], offsets[i]
-                    place = i
-                    while place > first and abs(values[place - 1]) > abs(value):
-                        values[place] = values[place - 1]
-                        offsets[place] = offsets[place - 1]
-                        place -= 1
-                    values[place], offsets[place] = value, offset
-
-
-@_entry
 def _gather_task(
-    record, number, outer_origins, inner_origins, image_rows, offsets, values, splits,
-    read, write, bias, activation, cells, digest=_DIGEST,
+    record, number, outer_origins, inner_origins, image_rows, places, offsets, values,
+    splits, lengths, read, write, bias, activation, cells, digest=_DIGEST,
 ):  # fmt: skip
     plan = record[0]
     task = _decode(plan, number)
     task_channels = (task.group_end - task.group_begin) * plan.group_channels
-    planes = cells[: task_channels * plan.channel_cells * plan.lanes]
-    sums = cells[len(planes) :]
-    _pack_planes(plan, task, outer_origins, inner_origins, image_rows, read, planes)
-    tiles = -(-task.columns // TILE_CELLS)
-    for tile in range(tiles):
-        column = tile * task.columns // tiles
-        size = (tile + 1) * task.columns // tiles - column
-        for row in range(0, plan.band, plan.row_block):
-            rows = min(plan.row_block, plan.band - row)
+    # The first cell takes what belongs nowhere.
+    waste = cells[: plan.lanes]
+    planes = cells[plan.lanes : (1 + task_channels * plan.channel_cells) * plan.lanes]
+    sums = cells[plan.lanes + len(planes) :]
+    starts = np.empty(plan.lanes, np.int64)
+    _pack_planes(
+        plan, task, outer_origins, inner_origins, image_rows, places, read, starts,
+        planes,
+    )  # fmt: skip
+    tiles = -(-task.columns // plan.tile)
+    for row in range(plan.band):
+        if not _output_starts(plan, task, image_rows[task.outer_phase], row, starts):
+            continue
+        for tile in range(tiles):
+            column = tile * task.columns // tiles
+            size = (tile + 1) * task.columns // tiles - column
             for first in range(task.output_begin, task.output_end, plan.output_block):
                 outputs = min(plan.output_block, task.output_end - first)
-                _sum_tiles(
-                    plan, task.row_base + first, outputs, planes,
-                    row * plan.pitch + column, rows, offsets, values, splits, sums,
-                    size,
-                )  # fmt: skip
-                _finish_sums(plan, first, outputs, rows, sums, size, bias, activation)
-                _write_tiles(
-                    plan, task, image_rows[task.outer_phase], row, rows, column, size,
-                    first, outputs, sums, write,
-                )  # fmt: skip
+                for block in range(plan.blocks):
+                    sum_products(
+                        planes, row * plan.pitch + column, offsets, values, splits,
+                        lengths, task.row_base + first, outputs, block, sums, size,
+                        bias, first, block == 0,
+                    )  # fmt: skip
+                if activation:
+                    _activate(sums[: outputs * size * plan.lanes], activation)
+                _write_tile(
+                    plan, task, column, size, first, outputs, sums, write, starts, waste
+                )
+    finish_stores()
 
 
 @_inner
@@ -464,33 +466,44 @@ def _decode(plan, number):
 
 
 @_inner
-def _pack_planes(plan, task, outer_origins, inner_origins, image_rows, read, planes):
+def _pack_planes(
+    plan, task, outer_origins, inner_origins, image_rows, places, read, starts, planes
+):
     """Copies what a task reads into its planes, zeros where there is no input."""
     channels = (task.group_end - task.group_begin) * plan.group_channels
-    starts = np.empty(plan.lanes, np.int64)
     zeros = np.zeros(plan.lanes, read.dtype)
     inner = plan.inner
-    for sub in range(plan.outer.subs * inner.subs):
-        outer_sub, inner_sub = divmod(sub, inner.subs)
-        # Column j of this plane is input `start + pace * j`.
-        pace = inner.step * inner.stride
-        start = inner_origins[task.inner_phase] + inner.step * inner_sub
-        start += pace * task.column
-        low = min(plan.pitch, max(0, -(start // pace)))
-        high = max(low, min(plan.pitch, (inner.inputs - 1 - start) // pace + 1))
-        # No tap reaches the cells after the last row, but the search for Inf does.
-        used = (plan.band + plan.outer.reach) * plan.pitch
-        plane = sub * plan.plane_cells
-        _clear(plan, planes, plane, channels, used, plan.plane_cells)
+    used = (plan.band + plan.outer.reach) * plan.pitch
+    # No tap reaches the cells after the last row, but the search for Inf does.
+    for plane in range(plan.outer.subs * inner.subs):
+        _clear(plan, planes, plane * plan.plane_cells, channels, used, plan.plane_cells)
+    for outer_sub in range(plan.outer.subs):
         for row in range(plan.band + plan.outer.reach):
             _input_starts(plan, task, outer_origins, image_rows, outer_sub, row, starts)
-            at = plane + row * plan.pitch
-            _clear(plan, planes, at, channels, 0, low)
-            _clear(plan, planes, at, channels, high, plan.pitch)
-            _pack_row(
-                plan, read, starts, zeros, start * inner.read_stride,
-                pace * inner.read_stride, planes, at, channels, low, high,
-            )  # fmt: skip
+            for sub in range(inner.subs):
+                # Column j of this plane is input `start + pace * j`.
+                pace = inner.step * inner.stride
+                start = inner_origins[task.inner_phase] + inner.step * sub
+                start += pace * task.column
+                low = min(plan.pitch, max(0, -(start // pace)))
+                high = max(low, min(plan.pitch, (inner.inputs - 1 - start) // pace + 1))
+                at = (outer_sub * inner.subs + sub) * plan.plane_cells
+                at += row * plan.pitch
+                _clear(plan, planes, at, channels, 0, low)
+                _clear(plan, planes, at, channels, high, plan.pitch)
+                if not plan.run:
+                    _pack_row(
+                        plan, read, starts, zeros, start * inner.read_stride,
+                        pace * inner.read_stride, planes, at, channels, low, high,
+                        places,
+                    )  # fmt: skip
+                elif sub == 0:
+                    low = max(0, -start)
+                    high = min(plan.pitch * inner.stride, inner.inputs - start)
+                    _pack_run(
+                        plan, read, starts, zeros, start * channels, planes, at,
+                        places, low * channels, high * channels,
+                    )  # fmt: skip
 
 
 @_inner
@@ -505,9 +518,8 @@ def _input_starts(plan, task, outer_origins, image_rows, outer_sub, row, starts)
         place = origin + outer.step * outer.stride * position
         starts[lane] = -1
         if image < plan.images and 0 <= place < outer.inputs:
-            starts[lane] = (
-                image * plan.read_image + place * outer.read_stride + first_channel
-            )
+            start = min(place * outer.read_stride, outer.read_last)
+            starts[lane] = image * plan.read_image + start + first_channel
 
 
 @_inner
@@ -520,11 +532,8 @@ def _output_starts(plan, task, rows, band_row, starts):
         starts[lane] = -1
         if image < plan.images and position < task.image_outputs:
             place = task.outer_phase + outer.phases * position
-            starts[lane] = (
-                image * plan.write_image
-                + place * outer.write_stride
-                + task.output_begin * plan.write_channel
-            )
+            start = min(place * outer.write_stride, outer.write_last)
+            starts[lane] = image * plan.write_image + start
             present = True
     return present
 
@@ -547,118 +556,91 @@ def _clear(plan, planes, at, channels, begin, end):
 
 
 @_inner
-def _pack_row(plan, read, starts, zeros, shift, pace, planes, at, channels, low, high):
+def _pack_row(
+    plan, read, starts, zeros, shift, pace, planes, at, channels, low, high, places
+):
     """Packs the columns from `low` to `high` of one row of each channel.
 
     Column j of lane l is `read[starts[l] + shift + pace * j]`, a channel further on
     `plan.read_channel` later.
     """
-    step = plan.channel_cells
-    if plan.read_channel == 1 and channels >= plan.lanes:
+    if plan.read_channel == 1:
         for column in range(low, high):
-            place = shift + pace * column
-            for first in range(0, channels, plan.lanes):
-                # The last square overlaps the one before it.
-                channel = min(first, channels - plan.lanes)
-                gather_square(
-                    read, starts, place + channel, zeros, planes,
-                    channel * step + at + column, step,
-                )  # fmt: skip
-    elif pace == 1 and high - low >= plan.lanes:
+            _pack_run(
+                plan, read, starts, zeros, shift + pace * column, planes, at + column,
+                places, 0, channels,
+            )  # fmt: skip
+    elif pace == 1:
         for channel in range(channels):
-            place = shift + channel * plan.read_channel
-            for first in range(low, high, plan.lanes):
-                column = min(first, high - plan.lanes)
-                gather_square(
-                    read, starts, place + column, zeros, planes,
-                    channel * step + at + column, 1,
-                )  # fmt: skip
+            _pack_run(
+                plan, read, starts, zeros, shift + channel * plan.read_channel, planes,
+                at + channel * plan.channel_cells, places, low, high,
+            )  # fmt: skip
     else:
         for channel in range(channels):
-            place = shift + channel * plan.read_channel
             for column in range(low, high):
-                cell = (channel * step + at + column) * plan.lanes
-                for lane in range(plan.lanes):
-                    start = starts[lane]
-                    planes[cell + lane] = 0
-                    if start >= 0:
-                        planes[cell + lane] = read[start + place + pace * column]
+                _pack_run(
+                    plan, read, starts, zeros,
+                    shift + channel * plan.read_channel + pace * column, planes,
+                    at + channel * plan.channel_cells + column, places, 0, 1,
+                )  # fmt: skip
 
 
 @_inner
-def _sum_tiles(
-    plan, first, outputs, planes, at, rows, offsets, values, splits, sums, size
-):
-    """The sums of one tile in each of `rows` rows, for the sparse rows from `first`.
+def _pack_run(plan, read, starts, zeros, shift, planes, at, places, begin, end):
+    """Packs the numbers `begin` to `end` of a run of memory of each lane.
 
-    Entries are summed in chains, chains in groups, and groups one after another: the
-    rounding errors of each level stay as small as those of a short sum.
+    Number i, `read[starts[l] + shift + i]`, goes to the cell `at + places[i]`.
     """
-    spare = rows * outputs * TILE_CELLS
-    group = plan.chain * plan.chains
-    for block in range(plan.blocks):
-        for row in range(rows):
-            place = at + row * plan.pitch
-            for output in range(outputs):
-                cell = (row * outputs + output) * TILE_CELLS
-                begin = splits[first + output, block]
-                end = splits[first + output, block + 1]
-                whole = sums[cell * plan.lanes : (cell + size) * plan.lanes]
-                if block == 0 and begin == end:
-                    _zero(whole)
-                # What holds nothing yet takes the first group as it is.
-                fresh = block == 0
-                for start in range(begin, end, group):
-                    target = cell if fresh else spare
-                    stop = min(end, start + group)
-                    for part in range(start, stop, plan.chain):
-                        add_products(
-                            planes, place, offsets, values, part,
-                            min(stop, part + plan.chain), sums, target, size,
-                            part == start,
-                        )  # fmt: skip
-                    if not fresh:
-                        _add(whole, sums[spare * plan.lanes :])
-                    fresh = False
+    for square in range(begin, end, plan.lanes):
+        # The last square overlaps the one before it, if there is one.
+        first = max(begin, min(square, end - plan.lanes))
+        gather_square(
+            read, starts, shift + first, end - first, zeros, planes, at, places, first
+        )
 
 
 @_inner
-def _add(numbers, others):
-    for i in range(len(numbers)):
-        numbers[i] += others[i]
-
-
-@_inner
-def _finish_sums(plan, first, outputs, rows, sums, size, bias, activation):
-    """Adds the bias and applies the activation, in place."""
-    if len(bias) == 0 and activation == 0:
+def _write_tile(plan, task, column, size, first, outputs, sums, write, starts, waste):
+    """Writes the finished sums of one tile, to the rows that begin at `starts`."""
+    stride = plan.inner.write_stride
+    pace = plan.inner.phases * stride
+    place = task.inner_phase * stride + pace * (task.column + column)
+    place += first * plan.write_channel
+    if plan.write_channel == 1:
+        # The outputs of one pixel are neighbours, and maybe those of all pixels.
+        whole = outputs == pace
+        runs, length = (1, size * outputs) if whole else (size, outputs)
+        for run in range(runs):
+            _write_run(
+                plan, sums, run * outputs, 1, length, write, starts, place + run * pace,
+                1, waste,
+            )  # fmt: skip
         return
-    for tile in range(rows * outputs):
-        begin = tile * TILE_CELLS * plan.lanes
-        numbers = sums[begin : begin + size * plan.lanes]
-        if len(bias) > 0:
-            shift = bias[first + tile % outputs]
-            for i in range(len(numbers)):
-                numbers[i] += shift
-        if activation:
-            _activate(numbers, activation)
+    for output in range(outputs):
+        _write_run(
+            plan, sums, output, outputs, size, write, starts,
+            place + output * plan.write_channel, pace, waste,
+        )  # fmt: skip
 
 
 @_inner
-def _write_tiles(
-    plan, task, image_rows, row, rows, column, size, first, outputs, sums, write
-):
-    """Writes the finished tiles of some rows and output channels."""
-    starts = np.empty(plan.lanes, np.int64)
-    waste = np.empty(plan.lanes, write.dtype)
-    inner = task.inner_phase + plan.inner.phases * (task.column + column)
-    shift = inner * plan.inner.write_stride
-    shift += (first - task.output_begin) * plan.write_channel
-    length = outputs * TILE_CELLS * plan.lanes
-    for i in range(rows):
-        if _output_starts(plan, task, image_rows, row + i, starts):
-            tiles = sums[i * length : (i + 1) * length]
-            _unpack(plan, outputs, tiles, size, write, starts, shift, waste)
+def _write_run(plan, sums, at, step, length, write, starts, place, pace, waste):
+    """Writes `length` cells, each `step` after the other, to places `pace` apart."""
+    if pace == 1:
+        for square in range(0, length, plan.lanes):
+            # The last square overlaps the one before it, if there is one.
+            first = max(0, min(square, length - plan.lanes))
+            scatter_square(
+                sums, at + first * step, step, length - first, write, starts,
+                place + first, waste, plan.streaming != 0,
+            )  # fmt: skip
+        return
+    for i in range(length):
+        cell = (at + i * step) * plan.lanes
+        for lane in range(plan.lanes):
+            if starts[lane] >= 0:
+                write[starts[lane] + place + i * pace] = sums[cell + lane]
 
 
 # TensorFlow keeps alpha in float32, for every dtype.
@@ -688,67 +670,47 @@ def _activate(tile, activation):
             tile[i] = x / (1 + math.exp(-x))
 
 
-@_inner
-def _unpack(plan, outputs, sums, size, write, starts, shift, waste):
-    """Writes a finished tile to the output rows that begin at `starts`."""
-    pace = plan.inner.phases * plan.inner.write_stride
-    if plan.write_channel == 1 and outputs >= plan.lanes:
-        for column in range(size):
-            place = shift + pace * column
-            for first in range(0, outputs, plan.lanes):
-                output = min(first, outputs - plan.lanes)
-                scatter_square(
-                    sums, output * TILE_CELLS + column, TILE_CELLS, write, starts,
-                    place + output, waste,
-                )  # fmt: skip
-    elif pace == 1 and size >= plan.lanes:
-        for output in range(outputs):
-            place = shift + output * plan.write_channel
-            for first in range(0, size, plan.lanes):
-                column = min(first, size - plan.lanes)
-                scatter_square(
-                    sums, output * TILE_CELLS + column, 1, write, starts,
-                    place + column, waste,
-                )  # fmt: skip
-    else:
-        for output in range(outputs):
-            place = shift + output * plan.write_channel
-            for column in range(size):
-                cell = (output * TILE_CELLS + column) * plan.lanes
-                for lane in range(plan.lanes):
-                    if starts[lane] >= 0:
-                        write[starts[lane] + place + pace * column] = sums[cell + lane]
-
-
 @_entry
 def _wgrad_task(
-    record, slot, slots, outer_origins, inner_origins, image_rows, offsets, splits,
-    longest, read, gradient, totals, cells, digest=_DIGEST,
+    record, slot, slots, outer_origins, inner_origins, image_rows, places,
+    gradient_places, offsets, splits, longest, read, gradient, totals, cells,
+    digest=_DIGEST,
 ):  # fmt: skip
     plan = record[0]
     for number in range(slot * plan.tasks // slots, (slot + 1) * plan.tasks // slots):
         task = _decode(plan, number)
         channels = (task.group_end - task.group_begin) * plan.group_channels
-        planes = cells[: channels * plan.channel_cells * plan.lanes]
-        _pack_planes(plan, task, outer_origins, inner_origins, image_rows, read, planes)
+        # The first cell takes what belongs nowhere.
+        end = (1 + channels * plan.channel_cells) * plan.lanes
+        planes = cells[plan.lanes : end]
+        starts = np.empty(plan.lanes, np.int64)
+        _pack_planes(
+            plan, task, outer_origins, inner_origins, image_rows, places, read, starts,
+            planes,
+        )  # fmt: skip
         _correlate_task(
-            plan, task, image_rows[task.outer_phase], planes, gradient, offsets, splits,
-            longest, totals, cells[len(planes) :],
+            plan, task, image_rows[task.outer_phase], planes, gradient,
+            gradient_places, offsets, splits, longest, totals, cells[end:],
         )  # fmt: skip
 
 
 @_inner
 def _correlate_task(
-    plan, task, rows, planes, gradient, offsets, splits, longest, totals, cells
-):
+    plan, task, rows, planes, gradient, gradient_places, offsets, splits, longest,
+    totals, cells,
+):  # fmt: skip
     """Adds the gradients of one task's outputs to `totals`."""
     finite = _all_finite(planes)
     starts = np.empty(plan.lanes, np.int64)
-    size = GRADIENT_CHANNELS * plan.band * plan.strip * plan.lanes
-    gradients, sums = cells[:size], cells[size:]
-    for first in range(task.output_begin, task.output_end, GRADIENT_CHANNELS):
-        outputs = min(GRADIENT_CHANNELS, task.output_end - first)
-        _pack_gradient(plan, task, rows, gradient, first, outputs, starts, gradients)
+    size = plan.output_block * plan.band * plan.strip * plan.lanes
+    # The cell before the gradients takes what belongs nowhere.
+    gradients, sums = cells[plan.lanes : plan.lanes + size], cells[plan.lanes + size :]
+    for first in range(task.output_begin, task.output_end, plan.output_block):
+        outputs = min(plan.output_block, task.output_end - first)
+        _pack_gradient(
+            plan, task, rows, gradient, first, outputs, gradient_places, starts,
+            gradients,
+        )  # fmt: skip
         if not finite:
             _correlate_exactly(
                 plan, task, rows, planes, gradients, first, outputs, offsets, splits,
@@ -785,34 +747,37 @@ def _all_finite(numbers):
 
 
 @_inner
-def _pack_gradient(plan, task, rows, gradient, first, outputs, starts, gradients):
+def _pack_gradient(plan, task, rows, gradient, first, outputs, places, starts, cells):
     """Packs the output's gradient for some channels, zeros where there is no output."""
     zeros = np.zeros(plan.lanes, gradient.dtype)
     step = plan.band * plan.strip
-    shift = (task.inner_phase + plan.inner.phases * task.column) * (
-        plan.inner.write_stride
-    ) + (first - task.output_begin) * plan.write_channel
-    pace = plan.inner.phases * plan.inner.write_stride
+    stride = plan.inner.write_stride
+    pace = plan.inner.phases * stride
+    shift = task.inner_phase * stride + pace * task.column
+    shift += first * plan.write_channel
     for row in range(plan.band):
         _output_starts(plan, task, rows, row, starts)
         at = row * plan.strip
-        if plan.write_channel == 1 and outputs >= plan.lanes:
+        if plan.write_channel == 1:
             for column in range(task.columns):
-                for square in range(0, outputs, plan.lanes):
-                    output = min(square, outputs - plan.lanes)
-                    gather_square(
-                        gradient, starts, shift + pace * column + output, zeros,
-                        gradients, output * step + at + column, step,
-                    )  # fmt: skip
+                _pack_run(
+                    plan, gradient, starts, zeros, shift + pace * column, cells,
+                    at + column, places, 0, outputs,
+                )  # fmt: skip
             continue
         for output in range(outputs):
+            place = shift + output * plan.write_channel
+            if pace == 1:
+                _pack_run(
+                    plan, gradient, starts, zeros, place, cells, at + output * step,
+                    places, 0, task.columns,
+                )  # fmt: skip
+                continue
             for column in range(task.columns):
-                cell = (output * step + at + column) * plan.lanes
-                place = shift + output * plan.write_channel + pace * column
-                for lane in range(plan.lanes):
-                    gradients[cell + lane] = 0
-                    if starts[lane] >= 0:
-                        gradients[cell + lane] = gradient[starts[lane] + place]
+                _pack_run(
+                    plan, gradient, starts, zeros, place + pace * column, cells,
+                    at + output * step + column, places, 0, 1,
+                )  # fmt: skip
 
 
 @_inner
@@ -820,21 +785,22 @@ def _correlate_outputs(
     plan, task, planes, gradients, first, outputs, offsets, splits, sums, longest
 ):
     """Adds to each entry's cell of `sums`, tile after tile."""
-    tiles = -(-task.columns // TILE_CELLS)
-    for tile in range(tiles):
+    tiles = -(-task.columns // plan.tile)
+    for part in range(tiles * plan.band):
+        row, tile = divmod(part, tiles)
         column = tile * task.columns // tiles
         size = (tile + 1) * task.columns // tiles - column
-        for row in range(plan.band):
+        for block in range(plan.blocks):
             for output in range(outputs):
-                begin = splits[first + output, 0]
-                end = splits[first + output, plan.blocks]
+                begin = splits[first + output, block]
+                end = splits[first + output, block + 1]
                 if begin == end:
                     continue
                 cell = (output * plan.band + row) * plan.strip + column
-                entry_sums = sums[output * longest * plan.lanes :]
+                total = output * longest + begin - splits[first + output, 0]
                 add_correlations(
                     planes, row * plan.pitch + column, offsets, begin, end, gradients,
-                    cell, entry_sums, size,
+                    cell, sums[total * plan.lanes :], size,
                 )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ def _choose_widths() -> tuple[int, int]:
     triple, _, features = context.codegen().magic_tuple()
     enabled = set(features.split(","))
     if "+avx512f" in enabled:
-        # 32 registers: 20 sums, and room for the operands in flight.
-        return 64, 20
+        # 32 registers: the sums of 10 cells, twice, and the operands in flight.
+        return 64, 10
     if "+avx" in enabled:
         return 32, 12
     if triple.startswith(("aarch64", "arm64")):
@@ -70,6 +70,12 @@ class _Vectors:
         return self.context.make_array(array_type)(
             self.context, self.builder, array
         ).data
+
+    def extent(self, array_type: types.Array, array: _Value, axis: int) -> _Value:
+        shape = self.context.make_array(array_type)(
+            self.context, self.builder, array
+        ).shape
+        return self.builder.extract_value(shape, axis)
 
     def cells(self, array_type: types.Array, array: _Value, at: _Value) -> _Value:
         """Pointer to cell `at` of an array of cells."""
@@ -111,6 +117,48 @@ class _Vectors:
     def shuffle(self, a: _Value, b: _Value, places: Sequence[int]) -> _Value:
         mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
         return self.builder.shuffle_vector(a, b, mask)
+
+    def first_lanes(self, count: _Value) -> _Value:
+        """A mask of the lanes below `count`."""
+        builder, int32 = self.builder, ir.IntType(32)
+        undefined = ir.Constant(ir.VectorType(int32, self.lanes), ir.Undefined)
+        single = builder.insert_element(
+            undefined, builder.trunc(count, int32), int32(0)
+        )
+        counts = self.shuffle(single, undefined, [0] * self.lanes)
+        numbers = ir.Constant(undefined.type, list(range(self.lanes)))
+        return builder.icmp_signed("<", numbers, counts)
+
+    def masked_load(self, pointer: _Value, mask: _Value) -> _Value:
+        """Loads the masked lanes; zeros in the others."""
+        kind = ir.FunctionType(
+            self.type, [pointer.type, ir.IntType(32), mask.type, self.type]
+        )
+        function = self._masked_function("load", kind)
+        align = ir.IntType(32)(self.itemsize)
+        return self.builder.call(function, [pointer, align, mask, self.zero()])
+
+    def masked_store(self, value: _Value, pointer: _Value, mask: _Value) -> None:
+        """Stores the masked lanes."""
+        kind = ir.FunctionType(
+            ir.VoidType(), [self.type, pointer.type, ir.IntType(32), mask.type]
+        )
+        function = self._masked_function("store", kind)
+        align = ir.IntType(32)(self.itemsize)
+        self.builder.call(function, [value, pointer, align, mask])
+
+    def _masked_function(self, name: str, kind: ir.FunctionType) -> _Value:
+        element = ("f" if self.is_float else "i") + str(8 * self.itemsize)
+        vector = f"v{self.lanes}{element}"
+        # LLVM has pointers without a type since version 15, and names them p0.
+        name = f"llvm.masked.{name}.{vector}.p0"
+        return cgutils.get_or_insert_function(self.builder.module, kind, name)
+
+    def stream_store(self, value: _Value, pointer: _Value) -> None:
+        """Stores to aligned memory that will not be read soon."""
+        store = self.builder.store(value, pointer, align=VECTOR_BYTES)
+        one = ir.Constant(ir.IntType(32), 1)
+        store.set_metadata("nontemporal", self.builder.module.add_metadata([one]))
 
     def transpose(self, rows: list[_Value]) -> list[_Value]:
         """Transposes a square of vectors, by swapping ever larger blocks."""
@@ -186,12 +234,16 @@ def _entry_cells(
 
 
 @intrinsic
-def add_products(
-    typingctx, planes, at, offsets, values, begin, end, sums, sums_at, size, fresh
-):
-    """Adds `values[i] * planes[at + offsets[i] + j]` for all i to `sums[sums_at + j]`.
+def sum_products(
+    typingctx, planes, at, offsets, values, splits, lengths, row, outputs, block,
+    sums, size, bias, bias_at, fresh,
+):  # fmt: skip
+    """Adds one block of products to the sums of one tile, for some sparse rows.
 
-    The products are summed by themselves, then added to what `sums` holds.
+    For each output o: `values[i] * planes[at + offsets[i] + j]` for all i from
+    `splits[row + o, block]` to `splits[row + o, block + 1]` is added to
+    `sums[j * outputs + o]`. Products are summed in chains of `lengths[row + o, block]`,
+    and each chain by itself before it joins the rest.
 
     Args:
         typingctx: Numba's.
@@ -199,57 +251,154 @@ def add_products(
         at: Where to read, in cells (int64).
         offsets: int32, in cells.
         values: Numbers.
-        begin: First entry (int64).
-        end: One past the last entry; there is at least one (int64).
+        splits: (rows, blocks + 1) int32.
+        lengths: (rows, blocks) int32.
+        row: The first sparse row (int64).
+        outputs: Number of rows, at least one (int64).
+        block: int64.
         sums: Cells, added to.
-        sums_at: The first cell of `sums` (int64).
         size: Number of cells j, 1 to TILE_CELLS (int64).
-        fresh: Whether `sums` holds nothing yet, which counts as 0 (boolean).
+        bias: Numbers.
+        bias_at: Where those of the outputs begin (int64).
+        fresh: Whether `sums` holds nothing yet, which counts as the bias (boolean).
     """
 
     def codegen(context, builder, signature, args):
         kinds = signature.args
         vectors = _Vectors(context, builder, planes.dtype)
         origin = vectors.cells(kinds[0], args[0], args[1])
-        offset_data = vectors.data(kinds[2], args[2])
-        value_data = vectors.data(kinds[3], args[3])
-        target = vectors.cells(kinds[6], args[6], args[7])
+        stream = _EntryStream(
+            vectors, origin, vectors.data(kinds[2], args[2]),
+            vectors.data(kinds[3], args[3]),
+        )  # fmt: skip
+        blocks = vectors.extent(kinds[5], args[5], 1)
+        rows = _Rows(
+            vectors, vectors.data(kinds[4], args[4]), vectors.data(kinds[5], args[5]),
+            blocks, args[6], args[8],
+        )  # fmt: skip
+        target = vectors.cells(kinds[9], args[9], _INT64(0))
+        biases = builder.gep(vectors.data(kinds[11], args[11]), [args[12]])
 
         def emit(cells: int) -> None:
-            def body(number, carried):
-                source = _entry_cells(vectors, origin, offset_data, number)
-                value = builder.load(builder.gep(value_data, [number]))
-                value = vectors.splat(value)
-                return [
-                    vectors.multiply_add(value, vectors.load_cell(source, j), total)
-                    for j, total in enumerate(carried)
+            def body(output, _):
+                begin, end, length = rows.bounds(output)
+                first = builder.gep(target, [output])
+                places = [
+                    builder.gep(first, [builder.mul(args[7], _INT64(j))])
+                    for j in range(cells)
                 ]
+                start = vectors.splat(builder.load(builder.gep(biases, [output])))
+                totals = [
+                    builder.select(args[13], start, vectors.load_cell(place, 0))
+                    for place in places
+                ]
+                totals = _add_chains(stream, begin, end, length, totals)
+                for place, total in zip(places, totals, strict=True):
+                    vectors.store_cell(total, place, 0)
+                return []
 
-            totals = _loop(builder, args[4], args[5], [vectors.zero()] * cells, body)
-            for j, total in enumerate(totals):
-                held = vectors.load_cell(target, j)
-                held = builder.select(args[9], vectors.zero(), held)
-                vectors.store_cell(vectors.add(held, total), target, j)
+            _loop(builder, _INT64(0), args[7], [], body)
 
-        _for_each_size(builder, args[8], emit)
+        _for_each_size(builder, args[10], emit)
         return context.get_dummy_value()
 
     int64 = types.int64
     return (
         types.none(
-            planes,
-            int64,
-            offsets,
-            values,
-            int64,
-            int64,
-            sums,
-            int64,
-            int64,
-            types.boolean,
+            planes, int64, offsets, values, splits, lengths, int64, int64, int64, sums,
+            int64, bias, int64, types.boolean,
         ),
         codegen,
-    )
+    )  # fmt: skip
+
+
+class _EntryStream:
+    """Entries of sparse rows, and what they read relative to one origin."""
+
+    def __init__(
+        self, vectors: _Vectors, origin: _Value, offsets: _Value, values: _Value
+    ):
+        self.vectors = vectors
+        self.origin = origin
+        self.offsets = offsets
+        self.values = values
+
+    def products(self, begin: _Value, end: _Value, cells: int) -> list[_Value]:
+        """The sums of the products of the entries from `begin` to `end`."""
+        vectors, builder = self.vectors, self.vectors.builder
+
+        def body(number, carried):
+            source = _entry_cells(vectors, self.origin, self.offsets, number)
+            value = vectors.splat(builder.load(builder.gep(self.values, [number])))
+            return [
+                vectors.multiply_add(value, vectors.load_cell(source, j), total)
+                for j, total in enumerate(carried)
+            ]
+
+        return _loop(builder, begin, end, [vectors.zero()] * cells, body)
+
+
+class _Rows:
+    """Where one block of each sparse row begins, ends, and is cut into chains."""
+
+    def __init__(
+        self, vectors: _Vectors, splits: _Value, lengths: _Value, blocks: _Value,
+        row: _Value, block: _Value,
+    ):  # fmt: skip
+        self.vectors = vectors
+        self.splits = splits
+        self.lengths = lengths
+        self.blocks = blocks
+        self.row = row
+        self.block = block
+
+    def bounds(self, output: _Value) -> tuple[_Value, _Value, _Value]:
+        """The first entry, one past the last, and the length of a chain."""
+        builder = self.vectors.builder
+        row = builder.add(self.row, output)
+        place = builder.add(builder.mul(row, self.blocks), self.block)
+
+        def load(table: _Value, at: _Value) -> _Value:
+            return builder.sext(builder.load(builder.gep(table, [at])), _INT64)
+
+        split = builder.add(place, row)
+        end = builder.add(split, _INT64(1))
+        return (
+            load(self.splits, split), load(self.splits, end), load(self.lengths, place)
+        )  # fmt: skip
+
+
+def _add_chains(
+    stream: _EntryStream,
+    begin: _Value,
+    end: _Value,
+    length: _Value,
+    totals: list[_Value],
+) -> list[_Value]:
+    """`totals`, and the sum of each chain of the entries from `begin` to `end`."""
+    vectors, builder = stream.vectors, stream.vectors.builder
+    entry = builder.block
+    head = builder.append_basic_block("chains")
+    chain = builder.append_basic_block("chain")
+    after = builder.append_basic_block("chains_done")
+    builder.branch(head)
+    builder.position_at_end(head)
+    start = builder.phi(_INT64)
+    start.add_incoming(begin, entry)
+    carried = [builder.phi(total.type) for total in totals]
+    for phi, total in zip(carried, totals, strict=True):
+        phi.add_incoming(total, entry)
+    builder.cbranch(builder.icmp_signed("<", start, end), chain, after)
+    builder.position_at_end(chain)
+    stop = builder.add(start, length)
+    stop = builder.select(builder.icmp_signed("<", stop, end), stop, end)
+    sums = stream.products(start, stop, len(totals))
+    start.add_incoming(stop, builder.block)
+    for phi, total in zip(carried, sums, strict=True):
+        phi.add_incoming(vectors.add(phi, total), builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return list(carried)
 
 
 @intrinsic
@@ -313,71 +462,244 @@ def add_correlations(
     )
 
 
-def _lane_pointer(
-    vectors: _Vectors, data: _Value, starts: _Value, lane: int, shift: _Value,
-    absent: _Value,
-) -> _Value:  # fmt: skip
-    """Pointer to `data[starts[lane] + shift]`, `absent` where the start is negative."""
-    builder = vectors.builder
-    start = builder.load(builder.gep(starts, [_INT64(lane)]))
-    missing = builder.icmp_signed("<", start, _INT64(0))
-    pointer = builder.gep(data, [builder.add(start, shift)])
-    pointer = builder.select(missing, absent, pointer)
-    return builder.bitcast(pointer, vectors.type.as_pointer())
+class _Lanes:
+    """Where one piece of memory of each lane begins; some lanes may have none."""
+
+    def __init__(
+        self, vectors: _Vectors, data: _Value, starts: _Value, shift: _Value,
+        absent: _Value,
+    ):  # fmt: skip
+        self.vectors = vectors
+        self.data = vectors.builder.gep(data, [shift])
+        self.starts = starts
+        self.absent = absent
+
+    def pointer(self, lane: int) -> _Value:
+        """Pointer to the lane's piece, `absent` where its start is negative."""
+        builder = self.vectors.builder
+        start = builder.load(builder.gep(self.starts, [_INT64(lane)]))
+        missing = builder.icmp_signed("<", start, _INT64(0))
+        pointer = builder.gep(self.data, [start])
+        pointer = builder.select(missing, self.absent, pointer)
+        return builder.bitcast(pointer, self.vectors.type.as_pointer())
+
+
+def _load_rows(lanes: _Lanes, count: _Value) -> list[_Value]:
+    """`count` numbers of each lane, and zeros up to a whole vector."""
+    vectors, builder = lanes.vectors, lanes.vectors.builder
+    pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
+    whole, part, after = (
+        builder.append_basic_block(name) for name in ("whole", "part", "loaded")
+    )
+    full = builder.icmp_signed(">=", count, _INT64(vectors.lanes))
+    builder.cbranch(full, whole, part)
+    builder.position_at_end(whole)
+    complete = [builder.load(pointer, align=vectors.itemsize) for pointer in pointers]
+    builder.branch(after)
+    builder.position_at_end(part)
+    mask = vectors.first_lanes(count)
+    partial = [vectors.masked_load(pointer, mask) for pointer in pointers]
+    builder.branch(after)
+    builder.position_at_end(after)
+    rows = []
+    for a, b in zip(complete, partial, strict=True):
+        row = builder.phi(vectors.type)
+        row.add_incoming(a, whole)
+        row.add_incoming(b, part)
+        rows.append(row)
+    return rows
+
+
+def _store_rows(
+    lanes: _Lanes, rows: list[_Value], count: _Value, streaming: _Value
+) -> None:
+    """Stores the first `count` numbers of each row to the lane's memory.
+
+    Args:
+        lanes: Where to.
+        rows: One vector for each lane.
+        count: int64.
+        streaming: Whether to pass the caches by; whole, aligned vectors only.
+    """
+    vectors, builder = lanes.vectors, lanes.vectors.builder
+    pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
+    stream, rest, whole, part, after = (
+        builder.append_basic_block(name)
+        for name in ("stream", "rest", "whole", "part", "stored")
+    )
+    full = builder.icmp_signed(">=", count, _INT64(vectors.lanes))
+    builder.cbranch(builder.and_(full, streaming), stream, rest)
+    builder.position_at_end(stream)
+    for pointer, row in zip(pointers, rows, strict=True):
+        vectors.stream_store(row, pointer)
+    builder.branch(after)
+    builder.position_at_end(rest)
+    builder.cbranch(full, whole, part)
+    builder.position_at_end(whole)
+    for pointer, row in zip(pointers, rows, strict=True):
+        builder.store(row, pointer, align=vectors.itemsize)
+    builder.branch(after)
+    builder.position_at_end(part)
+    mask = vectors.first_lanes(count)
+    for pointer, row in zip(pointers, rows, strict=True):
+        vectors.masked_store(row, pointer, mask)
+    builder.branch(after)
+    builder.position_at_end(after)
+
+
+class _Lanes:
+    """Where one piece of memory of each lane begins; some lanes may have none."""
+
+    def __init__(
+        self, vectors: _Vectors, data: _Value, starts: _Value, shift: _Value,
+        absent: _Value,
+    ):  # fmt: skip
+        self.vectors = vectors
+        self.data = vectors.builder.gep(data, [shift])
+        self.starts = starts
+        self.absent = absent
+
+    def pointer(self, lane: int) -> _Value:
+        """Pointer to the lane's piece, `absent` where its start is negative."""
+        builder = self.vectors.builder
+        start = builder.load(builder.gep(self.starts, [_INT64(lane)]))
+        missing = builder.icmp_signed("<", start, _INT64(0))
+        pointer = builder.gep(self.data, [start])
+        pointer = builder.select(missing, self.absent, pointer)
+        return builder.bitcast(pointer, self.vectors.type.as_pointer())
+
+
+def _load_rows(lanes: _Lanes, count: _Value) -> list[_Value]:
+    """`count` numbers of each lane, and zeros up to a whole vector."""
+    vectors, builder = lanes.vectors, lanes.vectors.builder
+    pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
+    whole, part, after = (
+        builder.append_basic_block(name) for name in ("whole", "part", "loaded")
+    )
+    full = builder.icmp_signed(">=", count, _INT64(vectors.lanes))
+    builder.cbranch(full, whole, part)
+    builder.position_at_end(whole)
+    complete = [builder.load(pointer, align=vectors.itemsize) for pointer in pointers]
+    builder.branch(after)
+    builder.position_at_end(part)
+    mask = vectors.first_lanes(count)
+    partial = [vectors.masked_load(pointer, mask) for pointer in pointers]
+    builder.branch(after)
+    builder.position_at_end(after)
+    rows = []
+    for a, b in zip(complete, partial, strict=True):
+        row = builder.phi(vectors.type)
+        row.add_incoming(a, whole)
+        row.add_incoming(b, part)
+        rows.append(row)
+    return rows
+
+
+def _store_rows(
+    lanes: _Lanes, rows: list[_Value], count: _Value, streaming: _Value
+) -> None:
+    """Stores the first `count` numbers of each row to the lane's memory.
+
+    Args:
+        lanes: Where to.
+        rows: One vector for each lane.
+        count: int64.
+        streaming: Whether to pass the caches by; whole, aligned vectors only.
+    """
+    vectors, builder = lanes.vectors, lanes.vectors.builder
+    pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
+    stream, rest, whole, part, after = (
+        builder.append_basic_block(name)
+        for name in ("stream", "rest", "whole", "part", "stored")
+    )
+    full = builder.icmp_signed(">=", count, _INT64(vectors.lanes))
+    builder.cbranch(builder.and_(full, streaming), stream, rest)
+    builder.position_at_end(stream)
+    for pointer, row in zip(pointers, rows, strict=True):
+        vectors.stream_store(row, pointer)
+    builder.branch(after)
+    builder.position_at_end(rest)
+    builder.cbranch(full, whole, part)
+    builder.position_at_end(whole)
+    for pointer, row in zip(pointers, rows, strict=True):
+        builder.store(row, pointer, align=vectors.itemsize)
+    builder.branch(after)
+    builder.position_at_end(part)
+    mask = vectors.first_lanes(count)
+    for pointer, row in zip(pointers, rows, strict=True):
+        vectors.masked_store(row, pointer, mask)
+    builder.branch(after)
+    builder.position_at_end(after)
 
 
 @intrinsic
-def gather_square(typingctx, source, starts, shift, zeros, target, target_at, step):
-    """Transposes LANES numbers of each lane into LANES cells.
+def gather_square(
+    typingctx, source, starts, shift, count, zeros, target, target_at, places, first
+):
+    """Transposes up to LANES numbers of each lane into as many cells.
 
-    Number i of lane l, `source[starts[l] + shift + i]`, goes to lane l of the cell
-    `target[target_at + i * step]`; zeros where `starts[l]` is negative.
+    Number i < `count` of lane l, `source[starts[l] + shift + i]`, goes to lane l of the
+    cell `target[target_at + places[first + i]]`; zeros where `starts[l]` is negative.
+    With `count` below LANES, the cell `target[-1]` is overwritten.
 
     Args:
         typingctx: Numba's.
         source: Any array, read flat.
         starts: (LANES,) int64.
         shift: int64.
+        count: int64, at least 1.
         zeros: (LANES,) zeros.
         target: Cells.
-        target_at: The first cell (int64).
-        step: From one cell to the next (int64).
+        target_at: int64.
+        places: int32, in cells; at least LANES from `first` on.
+        first: int64.
     """
 
     def codegen(context, builder, signature, args):
         kinds = signature.args
         vectors = _Vectors(context, builder, source.dtype)
-        data, start_data, absent = (vectors.data(kinds[i], args[i]) for i in (0, 1, 3))
-        rows = []
-        for lane in range(vectors.lanes):
-            pointer = _lane_pointer(vectors, data, start_data, lane, args[2], absent)
-            rows.append(builder.load(pointer, align=vectors.itemsize))
-        address = vectors.cells(kinds[4], args[4], args[5])
-        for row in vectors.transpose(rows):
-            builder.store(row, address, align=VECTOR_BYTES)
-            address = builder.gep(address, [args[6]])
+        data, start_data, absent = (vectors.data(kinds[i], args[i]) for i in (0, 1, 4))
+        pieces = _Lanes(vectors, data, start_data, args[2], absent)
+        rows = vectors.transpose(_load_rows(pieces, args[3]))
+        base = vectors.cells(kinds[5], args[5], args[6])
+        waste = vectors.cells(kinds[5], args[5], _INT64(-1))
+        table = builder.gep(vectors.data(kinds[7], args[7]), [args[8]])
+        for i, row in enumerate(rows):
+            place = builder.load(builder.gep(table, [_INT64(i)]))
+            address = builder.gep(base, [builder.sext(place, _INT64)])
+            used = builder.icmp_signed("<", _INT64(i), args[3])
+            builder.store(row, builder.select(used, address, waste), align=VECTOR_BYTES)
         return context.get_dummy_value()
 
     int64 = types.int64
-    return types.none(source, starts, int64, zeros, target, int64, int64), codegen
+    return (
+        types.none(source, starts, int64, int64, zeros, target, int64, places, int64),
+        codegen,
+    )
 
 
 @intrinsic
-def scatter_square(typingctx, source, source_at, step, target, starts, shift, waste):
-    """The opposite of `gather_square`: LANES cells to LANES numbers of each lane.
+def scatter_square(
+    typingctx, source, source_at, step, count, target, starts, shift, waste, streaming
+):
+    """The opposite of `gather_square`: up to LANES cells to numbers of each lane.
 
     Lane l of the cell `source[source_at + i * step]` goes to
-    `target[starts[l] + shift + i]`, or nowhere where `starts[l]` is negative.
+    `target[starts[l] + shift + i]` for i < `count`, or nowhere where `starts[l]` is
+    negative. The cells up to i = LANES - 1 are read, and must exist.
 
     Args:
         typingctx: Numba's.
         source: Cells.
         source_at: The first cell (int64).
         step: From one cell to the next (int64).
+        count: int64, at least 1.
         target: Any array, written flat.
         starts: (LANES,) int64.
         shift: int64.
-        waste: (LANES,) numbers, overwritten.
+        waste: (LANES,) numbers, aligned as cells are, overwritten.
+        streaming: Whether to pass the caches by (boolean). All that is written must be
+            aligned then.
     """
 
     def codegen(context, builder, signature, args):
@@ -388,11 +710,32 @@ def scatter_square(typingctx, source, source_at, step, target, starts, shift, wa
         for _ in range(vectors.lanes):
             rows.append(builder.load(address, align=VECTOR_BYTES))
             address = builder.gep(address, [args[2]])
-        data, start_data, absent = (vectors.data(kinds[i], args[i]) for i in (3, 4, 6))
-        for lane, row in enumerate(vectors.transpose(rows)):
-            pointer = _lane_pointer(vectors, data, start_data, lane, args[5], absent)
-            builder.store(row, pointer, align=vectors.itemsize)
+        data, start_data, absent = (vectors.data(kinds[i], args[i]) for i in (4, 5, 7))
+        pieces = _Lanes(vectors, data, start_data, args[6], absent)
+        _store_rows(pieces, vectors.transpose(rows), args[3], args[8])
         return context.get_dummy_value()
 
     int64 = types.int64
-    return types.none(source, int64, int64, target, starts, int64, waste), codegen
+    return (
+        types.none(
+            source, int64, int64, int64, target, starts, int64, waste, types.boolean
+        ),
+        codegen,
+    )
+
+
+@intrinsic
+def finish_stores(typingctx):
+    """Makes all that this thread has written visible before what it writes next.
+
+    Memory that is written past the caches needs that.
+
+    Args:
+        typingctx: Numba's.
+    """
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), codegen
