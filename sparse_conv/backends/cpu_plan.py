@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparse_conv.backends.cpu_jobs import HEAD_CELLS
 from sparse_conv.gather import Axis, Gather
 
 # Half of the second-level cache of a common core: a task's planes should fit.
@@ -126,7 +127,7 @@ class Plan(NamedTuple):
 
 
 _SIDE_DTYPE = np.dtype([(name, np.int64) for name in Side._fields])
-_PLAN_DTYPE = np.dtype(
+PLAN_DTYPE = np.dtype(
     [("outer", _SIDE_DTYPE), ("inner", _SIDE_DTYPE)]
     + [(name, np.int64) for name in Plan._fields[2:]]
 )
@@ -147,7 +148,7 @@ class PlanTables:
         offsets: (row_length,) int32, the cells by which each index moves a read.
         threads: Threads that are worth using.
         slots: Partial results of a wgrad.
-        gather_cells: Cells of scratch memory of one task of a Gather.
+        gather_bytes: Scratch memory of a thread that works on a Gather.
     """
 
     plan: Plan
@@ -160,7 +161,7 @@ class PlanTables:
     offsets: np.ndarray
     threads: int
     slots: int
-    gather_cells: int
+    gather_bytes: int
 
 
 class Job(NamedTuple):
@@ -256,11 +257,13 @@ def make_plan(job: Job) -> PlanTables:
             "The CPU back end needs scratch memory of less than 2^31 cells. "
             f"Received: {gather}"
         )
+    # Where a run of sums is short, a vector more is read.
+    cells = HEAD_CELLS + planes + (plan.output_block + job.lanes) * plan.tile
     outer, inner = cut.view.outer, cut.view.inner
     partial_bytes = max(1, job.itemsize * gather.out_channels * gather.row_length)
     return PlanTables(
         plan,
-        np.array([(tuple(plan.outer), tuple(plan.inner), *plan[2:])], _PLAN_DTYPE),
+        np.array([(tuple(plan.outer), tuple(plan.inner), *plan[2:])], PLAN_DTYPE),
         np.array(outer.origins, np.int64),
         np.array(inner.origins, np.int64),
         _image_rows(outer),
@@ -269,8 +272,7 @@ def make_plan(job: Job) -> PlanTables:
         _offsets(plan, gather, cut.view.swapped),
         1 if cut.total_cycles < INLINE_CYCLES else job.threads,
         max(1, min(plan.tasks, MAX_SLOTS, PARTIAL_BYTES // partial_bytes)),
-        # One cell for waste, and one vector more where a short run of sums is read.
-        1 + planes + (plan.output_block + job.lanes) * plan.tile,
+        cells * job.lanes * job.itemsize,
     )
 
 

@@ -71,12 +71,6 @@ class _Vectors:
             self.context, self.builder, array
         ).data
 
-    def extent(self, array_type: types.Array, array: _Value, axis: int) -> _Value:
-        shape = self.context.make_array(array_type)(
-            self.context, self.builder, array
-        ).shape
-        return self.builder.extract_value(shape, axis)
-
     def cells(self, array_type: types.Array, array: _Value, at: _Value) -> _Value:
         """Pointer to cell `at` of an array of cells."""
         pointer = self.builder.bitcast(
@@ -236,7 +230,7 @@ def _entry_cells(
 @intrinsic
 def sum_products(
     typingctx, planes, at, offsets, values, splits, lengths, row, outputs, block,
-    sums, size, bias, bias_at, fresh,
+    blocks, sums, size, bias, bias_at, fresh,
 ):  # fmt: skip
     """Adds one block of products to the sums of one tile, for some sparse rows.
 
@@ -251,11 +245,12 @@ def sum_products(
         at: Where to read, in cells (int64).
         offsets: int32, in cells.
         values: Numbers.
-        splits: (rows, blocks + 1) int32.
-        lengths: (rows, blocks) int32.
+        splits: (rows, blocks + 1) int32, flat.
+        lengths: (rows, blocks) int32, flat.
         row: The first sparse row (int64).
         outputs: Number of rows, at least one (int64).
-        block: int64.
+        block: int64; `blocks` is their number.
+        blocks: int64.
         sums: Cells, added to.
         size: Number of cells j, 1 to TILE_CELLS (int64).
         bias: Numbers.
@@ -271,13 +266,12 @@ def sum_products(
             vectors, origin, vectors.data(kinds[2], args[2]),
             vectors.data(kinds[3], args[3]),
         )  # fmt: skip
-        blocks = vectors.extent(kinds[5], args[5], 1)
         rows = _Rows(
             vectors, vectors.data(kinds[4], args[4]), vectors.data(kinds[5], args[5]),
-            blocks, args[6], args[8],
+            args[9], args[6], args[8],
         )  # fmt: skip
-        target = vectors.cells(kinds[9], args[9], _INT64(0))
-        biases = builder.gep(vectors.data(kinds[11], args[11]), [args[12]])
+        target = vectors.cells(kinds[10], args[10], _INT64(0))
+        biases = builder.gep(vectors.data(kinds[12], args[12]), [args[13]])
 
         def emit(cells: int) -> None:
             def body(output, _):
@@ -289,7 +283,7 @@ def sum_products(
                 ]
                 start = vectors.splat(builder.load(builder.gep(biases, [output])))
                 totals = [
-                    builder.select(args[13], start, vectors.load_cell(place, 0))
+                    builder.select(args[14], start, vectors.load_cell(place, 0))
                     for place in places
                 ]
                 totals = _add_chains(stream, begin, end, length, totals)
@@ -299,14 +293,14 @@ def sum_products(
 
             _loop(builder, _INT64(0), args[7], [], body)
 
-        _for_each_size(builder, args[10], emit)
+        _for_each_size(builder, args[11], emit)
         return context.get_dummy_value()
 
     int64 = types.int64
     return (
         types.none(
-            planes, int64, offsets, values, splits, lengths, int64, int64, int64, sums,
-            int64, bias, int64, types.boolean,
+            planes, int64, offsets, values, splits, lengths, int64, int64, int64, int64,
+            sums, int64, bias, int64, types.boolean,
         ),
         codegen,
     )  # fmt: skip
