@@ -27,6 +27,8 @@ import llvmlite.binding as llvm
 # What a file of ours begins with.
 MARKER = b"sparse_conv_marker"
 SUFFIX = ".machine-code"
+# The name under which the routines of `cpu_vectors` are compiled and kept.
+ROUTINES = "routines"
 
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("cpu_code.py", "cpu_plan.py", "cpu_tasks.py", "cpu_vectors.py")
@@ -45,15 +47,15 @@ class Widths(NamedTuple):
 
 
 class Object(NamedTuple):
-    """A compiled function.
+    """Compiled functions.
 
     Attributes:
-        symbol: Its name in the object code.
+        symbols: The names of its functions.
         widths: What it was compiled for.
         code: The object code, an ELF file on Linux.
     """
 
-    symbol: str
+    symbols: tuple[str, ...]
     widths: Widths
     code: bytes
 
@@ -73,7 +75,7 @@ def function(name: str, dtype: str) -> Function:
     """A function of `cpu_tasks`, loaded; compiled if it is not on disk.
 
     Args:
-        name: One of `cpu_tasks.FUNCTIONS`.
+        name: One of `cpu_tasks.FUNCTIONS`, or `ROUTINES`.
         dtype: What it computes with, as NumPy names it.
 
     Returns:
@@ -117,6 +119,9 @@ def assembled(text: str, names: tuple[str, ...]) -> dict[str, int]:
 
 
 def _load(name: str, dtype: str) -> Function:
+    if name != ROUTINES:
+        # What the others call.
+        function(ROUTINES, dtype)
     path = folder() / f"{name}-{dtype}-{_key(name, dtype)}{SUFFIX}"
     compiled = _read(path)
     if compiled is None:
@@ -127,7 +132,11 @@ def _load(name: str, dtype: str) -> Function:
     engine = _engine()
     engine.add_object_file(llvm.ObjectFileRef.from_data(compiled.code))
     engine.finalize_object()
-    return Function(engine.get_function_address(compiled.symbol), compiled.widths)
+    addresses = [engine.get_function_address(symbol) for symbol in compiled.symbols]
+    if name == ROUTINES:
+        for symbol, address in zip(compiled.symbols, addresses, strict=True):
+            llvm.add_symbol(symbol, address)
+    return Function(addresses[0], compiled.widths)
 
 
 @functools.cache
@@ -188,7 +197,7 @@ def _read(path: Path) -> Object | None:
         return None
     if header.get("sha256") != hashlib.sha256(code).hexdigest():
         return None
-    return Object(header["symbol"], Widths(*header["widths"]), code)
+    return Object(tuple(header["symbols"]), Widths(*header["widths"]), code)
 
 
 def _is_private(path: Path) -> bool:
@@ -204,7 +213,7 @@ def _write(path: Path, compiled: Object) -> None:
     Other processes see the whole file or none.
     """
     header = {
-        "symbol": compiled.symbol,
+        "symbols": compiled.symbols,
         "widths": compiled.widths,
         "sha256": hashlib.sha256(compiled.code).hexdigest(),
     }

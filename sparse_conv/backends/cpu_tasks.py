@@ -24,18 +24,20 @@ from numba.core import extending, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np import arrayobj
 
-from sparse_conv.backends.cpu_code import Object, Widths
+from sparse_conv.backends.cpu_code import ROUTINES, Object, Widths
 from sparse_conv.backends.cpu_jobs import HEAD_CELLS, JOB_HEADER, GatherJob, WgradJob
 from sparse_conv.backends.cpu_plan import PLAN_DTYPE
 from sparse_conv.backends.cpu_vectors import (
     TILE_CELLS,
     VECTOR_BYTES,
     add_correlations,
+    compile_routines,
     finish_stores,
     gather_square,
     lanes,
     scatter_square,
     sum_products,
+    symbols,
 )
 
 # Called by compiled code alone, without Numba's wrappers and memory manager.
@@ -188,16 +190,19 @@ FUNCTIONS: dict[str, Callable[[np.dtype], Callable[[int, int, int], None]]] = {
 
 
 def compile_function(name: str, dtype: str) -> Object:
-    """Compiles one of FUNCTIONS.
+    """Compiles one of FUNCTIONS, or the routines that they call.
 
     Args:
-        name: Which one.
+        name: Which one, or `ROUTINES`, which has to be loaded before the others.
         dtype: What it computes with, as NumPy names it.
 
     Returns:
         Its object code. The function takes three integers after the two pointers that
         Numba's functions begin with.
     """
+    widths = Widths(VECTOR_BYTES, TILE_CELLS)
+    if name == ROUTINES:
+        return Object(symbols(dtype), widths, compile_routines(dtype))
     function = FUNCTIONS[name](np.dtype(dtype))
     word = types.int64
     dispatcher = njit(types.void(word, word, word), **_OPTIONS)(function)
@@ -206,7 +211,7 @@ def compile_function(name: str, dtype: str) -> Object:
     with global_compiler_lock:
         compiled.library.get_pointer_to_function(symbol)
     code = compiled.library._get_compiled_object()
-    return Object(symbol, Widths(VECTOR_BYTES, TILE_CELLS), bytes(code))
+    return Object((symbol,), widths, bytes(code))
 
 
 @_inner
@@ -384,26 +389,21 @@ def _pack_row(
     Column j of lane l is `read[starts[l] + shift + pace * j]`, a channel further on
     `plan.read_channel` later.
     """
+    channel_runs, column_runs, begin, end = channels, high - low, low - low, channels
     if plan.read_channel == 1:
-        for column in range(low, high):
-            _pack_run(
-                plan, read, starts, zeros, shift + pace * column, planes, at + column,
-                places, 0, channels,
-            )  # fmt: skip
+        channel_runs = 1
     elif pace == 1:
-        for channel in range(channels):
-            _pack_run(
-                plan, read, starts, zeros, shift + channel * plan.read_channel, planes,
-                at + channel * plan.channel_cells, places, low, high,
-            )  # fmt: skip
+        column_runs, begin, end = 1, low, high
     else:
-        for channel in range(channels):
-            for column in range(low, high):
-                _pack_run(
-                    plan, read, starts, zeros,
-                    shift + channel * plan.read_channel + pace * column, planes,
-                    at + channel * plan.channel_cells + column, places, 0, 1,
-                )  # fmt: skip
+        end = begin + 1
+    for channel in range(channel_runs):
+        for run in range(column_runs):
+            column = low + run if begin == 0 else 0
+            _pack_run(
+                plan, read, starts, zeros,
+                shift + channel * plan.read_channel + pace * column, planes,
+                at + channel * plan.channel_cells + column, places, begin, end,
+            )  # fmt: skip
 
 
 @_inner

@@ -10,9 +10,12 @@ A cell is one vector of `LANES` numbers; arrays of cells must begin at a multipl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, extending, types
 from numba.core.registry import cpu_target
@@ -49,6 +52,13 @@ def _choose_widths() -> tuple[int, int]:
 VECTOR_BYTES, TILE_CELLS = _choose_widths()
 
 
+_SCALARS = {
+    "float32": ir.FloatType(),
+    "float64": ir.DoubleType(),
+    "int32": ir.IntType(32),
+}
+
+
 def lanes(itemsize: int) -> int:
     """Numbers of `itemsize` bytes in one cell."""
     return VECTOR_BYTES // itemsize
@@ -57,26 +67,19 @@ def lanes(itemsize: int) -> int:
 class _Vectors:
     """What the emitters below share: the element type of a call and its operations."""
 
-    def __init__(self, context: Any, builder: _Builder, dtype: types.Type):
-        self.context = context
+    def __init__(self, builder: _Builder, dtype: str):
         self.builder = builder
-        self.scalar = context.get_data_type(dtype)
-        self.itemsize = context.get_abi_sizeof(self.scalar)
+        self.scalar = _SCALARS[dtype]
+        self.itemsize = np.dtype(dtype).itemsize
         self.lanes = lanes(self.itemsize)
         self.type = ir.VectorType(self.scalar, self.lanes)
-        self.is_float = isinstance(dtype, types.Float)
+        self.is_float = dtype.startswith("float")
 
-    def data(self, array_type: types.Array, array: _Value) -> _Value:
-        return self.context.make_array(array_type)(
-            self.context, self.builder, array
-        ).data
-
-    def cells(self, array_type: types.Array, array: _Value, at: _Value) -> _Value:
+    def cells(self, numbers: _Value, at: _Value) -> _Value:
         """Pointer to cell `at` of an array of cells."""
-        pointer = self.builder.bitcast(
-            self.data(array_type, array), self.type.as_pointer()
+        return self.builder.gep(
+            self.builder.bitcast(numbers, self.type.as_pointer()), [at]
         )
-        return self.builder.gep(pointer, [at])
 
     def zero(self) -> ir.Constant:
         element = 0.0 if self.is_float else 0
@@ -174,6 +177,112 @@ class _Vectors:
         return rows
 
 
+class _Routine(NamedTuple):
+    """A function that Numba's code calls: its arguments' kinds, and what emits it."""
+
+    kinds: tuple[str, ...]
+    emit: Callable[..., None]
+
+
+_ROUTINES: dict[str, _Routine] = {}
+
+
+def _routine(**kinds: str) -> Callable[[Callable[..., None]], Any]:
+    """Makes a function of its own of what emits code, and lets Numba's code call it.
+
+    Numba compiles every function anew in each function that calls it. These are
+    compiled once, into a module of their own, and called by their names.
+
+    Args:
+        kinds: Each argument's: "numbers" (an array of the dtype), "table" (of int32),
+            "places" (of int64), "int" (int64) or "flag" (boolean).
+    """
+    names = tuple(kinds.values())
+
+    def register(emit: Callable[..., None]) -> Any:
+        name = emit.__name__
+        _ROUTINES[name] = _Routine(names, emit)
+
+        def call(typingctx, *arguments):
+            dtype = arguments[names.index("numbers")].dtype
+
+            def codegen(context, builder, signature, args):
+                values = [
+                    context.make_array(kind)(context, builder, value).data
+                    if isinstance(kind, types.Array)
+                    else value
+                    for kind, value in zip(signature.args, args, strict=True)
+                ]
+                function_type = ir.FunctionType(
+                    ir.VoidType(), [value.type for value in values]
+                )
+                function = cgutils.get_or_insert_function(
+                    builder.module, function_type, symbol(name, str(dtype))
+                )
+                builder.call(function, values)
+                return context.get_dummy_value()
+
+            scalars = {"int": types.int64, "flag": types.boolean}
+            taken = (
+                scalars.get(kind, argument)
+                for kind, argument in zip(names, arguments, strict=True)
+            )
+            return types.none(*taken), codegen
+
+        call.__name__ = name
+        # Numba takes what the signature calls *arguments for a tuple.
+        call.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(parameter, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+                for parameter in ("typingctx", *kinds)
+            ]
+        )
+        return extending.intrinsic(call)
+
+    return register
+
+
+def symbol(routine: str, dtype: str) -> str:
+    """The name of a routine for one dtype in compiled code."""
+    return f"sparse_conv_{routine}_{dtype}"
+
+
+def symbols(dtype: str) -> tuple[str, ...]:
+    """The names of all routines for one dtype."""
+    return tuple(symbol(name, dtype) for name in _ROUTINES)
+
+
+def compile_routines(dtype: str) -> bytes:
+    """The object code of all routines for one dtype, for the processor that Numba's is.
+
+    Args:
+        dtype: As NumPy names it.
+    """
+    module = ir.Module(name=f"sparse_conv_{dtype}")
+    pointers = {
+        "numbers": _SCALARS[dtype].as_pointer(),
+        "table": ir.IntType(32).as_pointer(),
+        "places": _INT64.as_pointer(),
+        "int": _INT64,
+        "flag": ir.IntType(1),
+    }
+    for name, (kinds, emit) in _ROUTINES.items():
+        kind = ir.FunctionType(ir.VoidType(), [pointers[kind] for kind in kinds])
+        function = ir.Function(module, kind, symbol(name, dtype))
+        builder = ir.IRBuilder(function.append_basic_block("entry"))
+        emit(_Vectors(builder, dtype), *function.args)
+        builder.ret_void()
+    context: Any = cpu_target.target_context
+    triple, cpu, features = context.codegen().magic_tuple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(
+        cpu=cpu, features=features, opt=3, reloc="default", codemodel="jitdefault",
+        jit=True,
+    )  # fmt: skip
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    return machine.emit_object(parsed)
+
+
 def _for_each_size(
     builder: _Builder, size: _Value, emit: Callable[[int], None]
 ) -> None:
@@ -227,11 +336,41 @@ def _entry_cells(
     return builder.gep(origin, [builder.sext(offset, _INT64)])
 
 
-@intrinsic
+@_routine(
+    planes="numbers",
+    at="int",
+    offsets="table",
+    values="numbers",
+    splits="table",
+    lengths="table",
+    row="int",
+    outputs="int",
+    block="int",
+    blocks="int",
+    sums="numbers",
+    size="int",
+    bias="numbers",
+    bias_at="int",
+    fresh="flag",
+)
 def sum_products(
-    typingctx, planes, at, offsets, values, splits, lengths, row, outputs, block,
-    blocks, sums, size, bias, bias_at, fresh,
-):  # fmt: skip
+    vectors,
+    planes,
+    at,
+    offsets,
+    values,
+    splits,
+    lengths,
+    row,
+    outputs,
+    block,
+    blocks,
+    sums,
+    size,
+    bias,
+    bias_at,
+    fresh,
+):
     """Adds one block of products to the sums of one tile, for some sparse rows.
 
     For each output o: `values[i] * planes[at + offsets[i] + j]` for all i from
@@ -240,7 +379,7 @@ def sum_products(
     and each chain by itself before it joins the rest.
 
     Args:
-        typingctx: Numba's.
+        vectors: Where to emit the code.
         planes: Cells to read.
         at: Where to read, in cells (int64).
         offsets: int32, in cells.
@@ -257,53 +396,40 @@ def sum_products(
         bias_at: Where those of the outputs begin (int64).
         fresh: Whether `sums` holds nothing yet, which counts as the bias (boolean).
     """
-
-    def codegen(context, builder, signature, args):
-        kinds = signature.args
-        vectors = _Vectors(context, builder, planes.dtype)
-        origin = vectors.cells(kinds[0], args[0], args[1])
-        stream = _EntryStream(
-            vectors, origin, vectors.data(kinds[2], args[2]),
-            vectors.data(kinds[3], args[3]),
-        )  # fmt: skip
-        rows = _Rows(
-            vectors, vectors.data(kinds[4], args[4]), vectors.data(kinds[5], args[5]),
-            args[9], args[6], args[8],
-        )  # fmt: skip
-        target = vectors.cells(kinds[10], args[10], _INT64(0))
-        biases = builder.gep(vectors.data(kinds[12], args[12]), [args[13]])
-
-        def emit(cells: int) -> None:
-            def body(output, _):
-                begin, end, length = rows.bounds(output)
-                first = builder.gep(target, [output])
-                places = [
-                    builder.gep(first, [builder.mul(args[7], _INT64(j))])
-                    for j in range(cells)
-                ]
-                start = vectors.splat(builder.load(builder.gep(biases, [output])))
-                totals = [
-                    builder.select(args[14], start, vectors.load_cell(place, 0))
-                    for place in places
-                ]
-                totals = _add_chains(stream, begin, end, length, totals)
-                for place, total in zip(places, totals, strict=True):
-                    vectors.store_cell(total, place, 0)
-                return []
-
-            _loop(builder, _INT64(0), args[7], [], body)
-
-        _for_each_size(builder, args[11], emit)
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return (
-        types.none(
-            planes, int64, offsets, values, splits, lengths, int64, int64, int64, int64,
-            sums, int64, bias, int64, types.boolean,
-        ),
-        codegen,
+    builder = vectors.builder
+    origin = vectors.cells(planes, at)
+    stream = _EntryStream(
+        vectors, origin, offsets,
+        values,
     )  # fmt: skip
+    rows = _Rows(
+        vectors, splits, lengths,
+        blocks, row, block,
+    )  # fmt: skip
+    target = vectors.cells(sums, _INT64(0))
+    biases = builder.gep(bias, [bias_at])
+
+    def emit(cells: int) -> None:
+        def body(output, _):
+            begin, end, length = rows.bounds(output)
+            first = builder.gep(target, [output])
+            places = [
+                builder.gep(first, [builder.mul(outputs, _INT64(j))])
+                for j in range(cells)
+            ]
+            start = vectors.splat(builder.load(builder.gep(biases, [output])))
+            totals = [
+                builder.select(fresh, start, vectors.load_cell(place, 0))
+                for place in places
+            ]
+            totals = _add_chains(stream, begin, end, length, totals)
+            for place, total in zip(places, totals, strict=True):
+                vectors.store_cell(total, place, 0)
+            return []
+
+        _loop(builder, _INT64(0), outputs, [], body)
+
+    _for_each_size(builder, size, emit)
 
 
 class _EntryStream:
@@ -395,16 +521,26 @@ def _add_chains(
     return list(carried)
 
 
-@intrinsic
+@_routine(
+    planes="numbers",
+    at="int",
+    offsets="table",
+    begin="int",
+    end="int",
+    gradient="numbers",
+    gradient_at="int",
+    sums="numbers",
+    size="int",
+)
 def add_correlations(
-    typingctx, planes, at, offsets, begin, end, gradient, gradient_at, sums, size
+    vectors, planes, at, offsets, begin, end, gradient, gradient_at, sums, size
 ):
     """Adds the sum over j of `planes[at + offsets[i] + j] * gradient[gradient_at + j]`.
 
     Entry i's sum is added, lane by lane, to the cell `sums[i - begin]`.
 
     Args:
-        typingctx: Numba's.
+        vectors: Where to emit the code.
         planes: Cells to read.
         at: Where to read, in cells (int64).
         offsets: int32, in cells.
@@ -415,45 +551,35 @@ def add_correlations(
         sums: Cells, added to.
         size: Number of cells j, 1 to TILE_CELLS (int64).
     """
+    builder = vectors.builder
+    origin = vectors.cells(planes, at)
+    offset_data = offsets
+    factors_at = vectors.cells(gradient, gradient_at)
+    totals = vectors.cells(sums, _INT64(0))
 
-    def codegen(context, builder, signature, args):
-        kinds = signature.args
-        vectors = _Vectors(context, builder, planes.dtype)
-        origin = vectors.cells(kinds[0], args[0], args[1])
-        offset_data = vectors.data(kinds[2], args[2])
-        factors_at = vectors.cells(kinds[5], args[5], args[6])
-        totals = vectors.cells(kinds[7], args[7], _INT64(0))
+    def emit(cells: int) -> None:
+        factors = [vectors.load_cell(factors_at, j) for j in range(cells)]
 
-        def emit(cells: int) -> None:
-            factors = [vectors.load_cell(factors_at, j) for j in range(cells)]
+        def body(number, _):
+            source = _entry_cells(vectors, origin, offset_data, number)
+            # Three chains: enough to hide the latency, few enough registers.
+            chains = [vectors.zero()] * min(3, cells)
+            for j, factor in enumerate(factors):
+                chain = j % len(chains)
+                chains[chain] = vectors.multiply_add(
+                    factor, vectors.load_cell(source, j), chains[chain]
+                )
+            target = builder.gep(totals, [builder.sub(number, begin)])
+            total = chains[0]
+            for chain in chains[1:]:
+                total = vectors.add(total, chain)
+            total = vectors.add(vectors.load_cell(target, 0), total)
+            vectors.store_cell(total, target, 0)
+            return []
 
-            def body(number, _):
-                source = _entry_cells(vectors, origin, offset_data, number)
-                # Three chains: enough to hide the latency, few enough registers.
-                chains = [vectors.zero()] * min(3, cells)
-                for j, factor in enumerate(factors):
-                    chain = j % len(chains)
-                    chains[chain] = vectors.multiply_add(
-                        factor, vectors.load_cell(source, j), chains[chain]
-                    )
-                target = builder.gep(totals, [builder.sub(number, args[3])])
-                total = chains[0]
-                for chain in chains[1:]:
-                    total = vectors.add(total, chain)
-                total = vectors.add(vectors.load_cell(target, 0), total)
-                vectors.store_cell(total, target, 0)
-                return []
+        _loop(builder, begin, end, [], body)
 
-            _loop(builder, args[3], args[4], [], body)
-
-        _for_each_size(builder, args[8], emit)
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return (
-        types.none(planes, int64, offsets, int64, int64, gradient, int64, sums, int64),
-        codegen,
-    )
+    _for_each_size(builder, size, emit)
 
 
 class _Lanes:
@@ -626,9 +752,19 @@ def _store_rows(
     builder.position_at_end(after)
 
 
-@intrinsic
+@_routine(
+    source="numbers",
+    starts="places",
+    shift="int",
+    count="int",
+    zeros="numbers",
+    target="numbers",
+    target_at="int",
+    places="table",
+    first="int",
+)
 def gather_square(
-    typingctx, source, starts, shift, count, zeros, target, target_at, places, first
+    vectors, source, starts, shift, count, zeros, target, target_at, places, first
 ):
     """Transposes up to LANES numbers of each lane into as many cells.
 
@@ -637,7 +773,7 @@ def gather_square(
     With `count` below LANES, the cell `target[-1]` is overwritten.
 
     Args:
-        typingctx: Numba's.
+        vectors: Where to emit the code.
         source: Any array, read flat.
         starts: (LANES,) int64.
         shift: int64.
@@ -648,33 +784,33 @@ def gather_square(
         places: int32, in cells; at least LANES from `first` on.
         first: int64.
     """
-
-    def codegen(context, builder, signature, args):
-        kinds = signature.args
-        vectors = _Vectors(context, builder, source.dtype)
-        data, start_data, absent = (vectors.data(kinds[i], args[i]) for i in (0, 1, 4))
-        pieces = _Lanes(vectors, data, start_data, args[2], absent)
-        rows = vectors.transpose(_load_rows(pieces, args[3]))
-        base = vectors.cells(kinds[5], args[5], args[6])
-        waste = vectors.cells(kinds[5], args[5], _INT64(-1))
-        table = builder.gep(vectors.data(kinds[7], args[7]), [args[8]])
-        for i, row in enumerate(rows):
-            place = builder.load(builder.gep(table, [_INT64(i)]))
-            address = builder.gep(base, [builder.sext(place, _INT64)])
-            used = builder.icmp_signed("<", _INT64(i), args[3])
-            builder.store(row, builder.select(used, address, waste), align=VECTOR_BYTES)
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return (
-        types.none(source, starts, int64, int64, zeros, target, int64, places, int64),
-        codegen,
-    )
+    builder = vectors.builder
+    data, start_data, absent = source, starts, zeros
+    pieces = _Lanes(vectors, data, start_data, shift, absent)
+    rows = vectors.transpose(_load_rows(pieces, count))
+    base = vectors.cells(target, target_at)
+    waste = vectors.cells(target, _INT64(-1))
+    table = builder.gep(places, [first])
+    for i, row in enumerate(rows):
+        place = builder.load(builder.gep(table, [_INT64(i)]))
+        address = builder.gep(base, [builder.sext(place, _INT64)])
+        used = builder.icmp_signed("<", _INT64(i), count)
+        builder.store(row, builder.select(used, address, waste), align=VECTOR_BYTES)
 
 
-@intrinsic
+@_routine(
+    source="numbers",
+    source_at="int",
+    step="int",
+    count="int",
+    target="numbers",
+    starts="places",
+    shift="int",
+    waste="numbers",
+    streaming="flag",
+)
 def scatter_square(
-    typingctx, source, source_at, step, count, target, starts, shift, waste, streaming
+    vectors, source, source_at, step, count, target, starts, shift, waste, streaming
 ):
     """The opposite of `gather_square`: up to LANES cells to numbers of each lane.
 
@@ -683,7 +819,7 @@ def scatter_square(
     negative. The cells up to i = LANES - 1 are read, and must exist.
 
     Args:
-        typingctx: Numba's.
+        vectors: Where to emit the code.
         source: Cells.
         source_at: The first cell (int64).
         step: From one cell to the next (int64).
@@ -695,27 +831,15 @@ def scatter_square(
         streaming: Whether to pass the caches by (boolean). All that is written must be
             aligned then.
     """
-
-    def codegen(context, builder, signature, args):
-        kinds = signature.args
-        vectors = _Vectors(context, builder, source.dtype)
-        address = vectors.cells(kinds[0], args[0], args[1])
-        rows = []
-        for _ in range(vectors.lanes):
-            rows.append(builder.load(address, align=VECTOR_BYTES))
-            address = builder.gep(address, [args[2]])
-        data, start_data, absent = (vectors.data(kinds[i], args[i]) for i in (4, 5, 7))
-        pieces = _Lanes(vectors, data, start_data, args[6], absent)
-        _store_rows(pieces, vectors.transpose(rows), args[3], args[8])
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return (
-        types.none(
-            source, int64, int64, int64, target, starts, int64, waste, types.boolean
-        ),
-        codegen,
-    )
+    builder = vectors.builder
+    address = vectors.cells(source, source_at)
+    rows = []
+    for _ in range(vectors.lanes):
+        rows.append(builder.load(address, align=VECTOR_BYTES))
+        address = builder.gep(address, [step])
+    data, start_data, absent = target, starts, waste
+    pieces = _Lanes(vectors, data, start_data, shift, absent)
+    _store_rows(pieces, vectors.transpose(rows), count, streaming)
 
 
 @intrinsic
