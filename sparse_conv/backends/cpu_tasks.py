@@ -316,19 +316,27 @@ def _pack_planes(
                 at += row * plan.pitch
                 _clear(plan, planes, at, channels, 0, low)
                 _clear(plan, planes, at, channels, high, plan.pitch)
-                if not plan.run:
-                    _pack_row(
-                        plan, read, starts, zeros, start * inner.read_stride,
-                        pace * inner.read_stride, planes, at, channels, low, high,
-                        places,
-                    )  # fmt: skip
-                elif sub == 0:
-                    low = max(0, -start)
-                    high = min(plan.pitch * inner.stride, inner.inputs - start)
-                    _pack_run(
-                        plan, read, starts, zeros, start * channels, planes, at,
-                        places, low * channels, high * channels,
-                    )  # fmt: skip
+                place = start * inner.read_stride
+                column_pace = pace * inner.read_stride
+                begin, end = 0, channels
+                channel_runs, columns = 1, high - low
+                if plan.run:
+                    # All planes of a row are packed with the first one.
+                    begin = max(0, -start) * channels
+                    end = min(plan.pitch * inner.stride, inner.inputs - start)
+                    end *= channels
+                    columns = 1 if sub == 0 else 0
+                    low = 0
+                elif plan.read_channel != 1:
+                    channel_runs, end = channels, 1
+                    if column_pace == 1:
+                        begin, end, columns = low, high, 1
+                        low = 0
+                _pack_runs(
+                    plan, read, starts, zeros, place + low * column_pace, planes,
+                    at + low, places, begin, end, channel_runs, plan.read_channel,
+                    plan.channel_cells, columns, column_pace, 1,
+                )  # fmt: skip
 
 
 @_inner
@@ -381,86 +389,76 @@ def _clear(plan, planes, at, channels, begin, end):
 
 
 @_inner
-def _pack_row(
-    plan, read, starts, zeros, shift, pace, planes, at, channels, low, high, places
-):
-    """Packs the columns from `low` to `high` of one row of each channel.
+def _pack_runs(
+    plan, read, starts, zeros, shift, planes, at, places, begin, end, channels,
+    channel_pace, channel_step, columns, column_pace, column_step,
+):  # fmt: skip
+    """Packs the numbers `begin` to `end` of some runs of memory of each lane.
 
-    Column j of lane l is `read[starts[l] + shift + pace * j]`, a channel further on
-    `plan.read_channel` later.
+    Number i of a run, `read[starts[l] + shift + i]`, goes to the cell `at + places[i]`.
+    A channel further on, a run begins `channel_pace` later, and its cells begin
+    `channel_step` later; the same for columns.
     """
-    channel_runs, column_runs, begin, end = channels, high - low, low - low, channels
-    if plan.read_channel == 1:
-        channel_runs = 1
-    elif pace == 1:
-        column_runs, begin, end = 1, low, high
-    else:
-        end = begin + 1
-    for channel in range(channel_runs):
-        for run in range(column_runs):
-            column = low + run if begin == 0 else 0
-            _pack_run(
-                plan, read, starts, zeros,
-                shift + channel * plan.read_channel + pace * column, planes,
-                at + channel * plan.channel_cells + column, places, begin, end,
+    for run in range(channels * columns):
+        channel = run // columns
+        column = run - channel * columns
+        place = shift + channel * channel_pace + column * column_pace
+        cell = at + channel * channel_step + column * column_step
+        for square in range(begin, end, plan.lanes):
+            # The last square overlaps the one before it, if there is one.
+            first = end - plan.lanes if square > end - plan.lanes else square
+            first = begin if first < begin else first
+            gather_square(
+                read, starts, place + first, end - first, zeros, planes, cell, places,
+                first,
             )  # fmt: skip
-
-
-@_inner
-def _pack_run(plan, read, starts, zeros, shift, planes, at, places, begin, end):
-    """Packs the numbers `begin` to `end` of a run of memory of each lane.
-
-    Number i, `read[starts[l] + shift + i]`, goes to the cell `at + places[i]`.
-    """
-    for square in range(begin, end, plan.lanes):
-        # The last square overlaps the one before it, if there is one.
-        first = max(begin, min(square, end - plan.lanes))
-        gather_square(
-            read, starts, shift + first, end - first, zeros, planes, at, places, first
-        )
 
 
 @_inner
 def _write_tile(plan, task, column, size, first, outputs, sums, write, starts, waste):
-    """Writes the finished sums of one tile, to the rows that begin at `starts`."""
+    """Writes the finished sums of one tile, to the rows that begin at `starts`.
+
+    They are written in runs of memory: of the outputs of a pixel, and maybe those of
+    all pixels (NHWC), or of the columns of an output (NCHW).
+    """
     stride = plan.inner.write_stride
     pace = plan.inner.phases * stride
-    place = task.inner_phase * stride + pace * (task.column + column)
-    place += first * plan.write_channel
-    if plan.write_channel == 1:
-        # The outputs of one pixel are neighbours, and maybe those of all pixels.
-        whole = outputs == pace
-        runs, length = (1, size * outputs) if whole else (size, outputs)
-        for run in range(runs):
-            _write_run(
-                plan, sums, run * outputs, 1, length, write, starts, place + run * pace,
-                1, waste,
+    origin = task.inner_phase * stride + pace * (task.column + column)
+    origin += first * plan.write_channel
+    runs, length, step, run_pace, run_step = size, outputs, 1, pace, outputs
+    if plan.write_channel != 1:
+        runs, length, step, run_pace, run_step = outputs, size, outputs, 1, 1
+        run_pace = plan.write_channel
+        if pace != 1:
+            _scatter(
+                plan, outputs, size, sums, write, starts, origin, plan.write_channel,
+                pace,
             )  # fmt: skip
-        return
-    for output in range(outputs):
-        _write_run(
-            plan, sums, output, outputs, size, write, starts,
-            place + output * plan.write_channel, pace, waste,
-        )  # fmt: skip
+            return
+    elif outputs == pace:
+        runs, length = 1, size * outputs
+    for run in range(runs):
+        at = run * run_step
+        place = origin + run * run_pace
+        for square in range(0, length, plan.lanes):
+            # The last square overlaps the one before it, if there is one.
+            i = length - plan.lanes if square > length - plan.lanes else square
+            i = 0 if i < 0 else i
+            scatter_square(
+                sums, at + i * step, step, length - i, write, starts, place + i, waste,
+                plan.streaming != 0,
+            )  # fmt: skip
 
 
 @_inner
-def _write_run(plan, sums, at, step, length, write, starts, place, pace, waste):
-    """Writes `length` cells, each `step` after the other, to places `pace` apart."""
-    if pace == 1:
-        for square in range(0, length, plan.lanes):
-            # The last square overlaps the one before it, if there is one.
-            first = max(0, min(square, length - plan.lanes))
-            scatter_square(
-                sums, at + first * step, step, length - first, write, starts,
-                place + first, waste, plan.streaming != 0,
-            )  # fmt: skip
-        return
-    for i in range(length):
-        cell = (at + i * step) * plan.lanes
+def _scatter(plan, outputs, size, sums, write, starts, origin, channel_pace, pace):
+    """Writes sums of which no two are neighbours in memory."""
+    for cell in range(outputs * size):
+        column = cell // outputs
+        place = origin + (cell - column * outputs) * channel_pace + column * pace
         for lane in range(plan.lanes):
             if starts[lane] >= 0:
-                write[starts[lane] + place + i * pace] = sums[cell + lane]
+                write[starts[lane] + place] = sums[cell * plan.lanes + lane]
 
 
 # TensorFlow keeps alpha in float32, for every dtype.
@@ -560,27 +558,15 @@ def _pack_gradient(
     shift += first * plan.write_channel
     for row in range(plan.band):
         _output_starts(plan, task, rows, row, starts)
-        at = row * plan.strip
-        if plan.write_channel == 1:
-            for column in range(task.columns):
-                _pack_run(
-                    plan, gradient, starts, zeros, shift + pace * column, cells,
-                    at + column, places, 0, outputs,
-                )  # fmt: skip
-            continue
-        for output in range(outputs):
-            place = shift + output * plan.write_channel
+        channels, columns, end = 1, task.columns, outputs
+        if plan.write_channel != 1:
+            channels, end = outputs, 1
             if pace == 1:
-                _pack_run(
-                    plan, gradient, starts, zeros, place, cells, at + output * step,
-                    places, 0, task.columns,
-                )  # fmt: skip
-                continue
-            for column in range(task.columns):
-                _pack_run(
-                    plan, gradient, starts, zeros, place + pace * column, cells,
-                    at + output * step + column, places, 0, 1,
-                )  # fmt: skip
+                columns, end = 1, task.columns
+        _pack_runs(
+            plan, gradient, starts, zeros, shift, cells, row * plan.strip, places, 0,
+            end, channels, plan.write_channel, step, columns, pace, 1,
+        )  # fmt: skip
 
 
 @_inner
