@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +20,7 @@ import os
 import stat
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,9 +127,10 @@ def _load(name: str, dtype: str) -> Function:
     path = folder() / f"{name}-{dtype}-{_key(name, dtype)}{SUFFIX}"
     compiled = _read(path)
     if compiled is None:
-        from sparse_conv.backends import cpu_tasks
+        with _no_garbage_collection():
+            from sparse_conv.backends import cpu_tasks
 
-        compiled = cpu_tasks.compile_function(name, dtype)
+            compiled = cpu_tasks.compile_function(name, dtype)
         _write(path, compiled)
     engine = _engine()
     engine.add_object_file(llvm.ObjectFileRef.from_data(compiled.code))
@@ -137,6 +140,18 @@ def _load(name: str, dtype: str) -> Function:
         for symbol, address in zip(compiled.symbols, addresses, strict=True):
             llvm.add_symbol(symbol, address)
     return Function(addresses[0], compiled.widths)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Compiling makes many objects, and each collection visits all of TensorFlow's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @functools.cache

@@ -46,6 +46,7 @@ _OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
+    "no_rewrites": True,
     "_nrt": False,
 }
 _inner = njit(**_OPTIONS)
@@ -299,9 +300,12 @@ def _pack_planes(
     channels = (task.group_end - task.group_begin) * plan.group_channels
     inner = plan.inner
     used = (plan.band + plan.outer.reach) * plan.pitch
+    rest = plan.plane_cells - used
     # No tap reaches the cells after the last row, but the search for Inf does.
     for plane in range(plan.outer.subs * inner.subs):
-        _clear(plan, planes, plane * plan.plane_cells, channels, used, plan.plane_cells)
+        _clear(
+            plan, planes, plane * plan.plane_cells + used, channels, rest, rest, rest
+        )
     for outer_sub in range(plan.outer.subs):
         for row in range(plan.band + plan.outer.reach):
             _input_starts(plan, task, outer_origins, image_rows, outer_sub, row, starts)
@@ -314,8 +318,7 @@ def _pack_planes(
                 high = max(low, min(plan.pitch, (inner.inputs - 1 - start) // pace + 1))
                 at = (outer_sub * inner.subs + sub) * plan.plane_cells
                 at += row * plan.pitch
-                _clear(plan, planes, at, channels, 0, low)
-                _clear(plan, planes, at, channels, high, plan.pitch)
+                _clear(plan, planes, at, channels, low, high, plan.pitch)
                 place = start * inner.read_stride
                 column_pace = pace * inner.read_stride
                 begin, end = 0, channels
@@ -379,13 +382,14 @@ def _zero(numbers):
 
 
 @_inner
-def _clear(plan, planes, at, channels, begin, end):
-    """Zeros the columns from `begin` to `end` of one row of each channel."""
-    if begin >= end:
-        return
+def _clear(plan, planes, at, channels, low, high, end):
+    """Zeros the cells up to `low` and from `high` to `end` of each channel."""
     for channel in range(channels):
         cell = channel * plan.channel_cells + at
-        _zero(planes[(cell + begin) * plan.lanes : (cell + end) * plan.lanes])
+        for i in range(cell * plan.lanes, (cell + low) * plan.lanes):
+            planes[i] = 0
+        for i in range((cell + high) * plan.lanes, (cell + end) * plan.lanes):
+            planes[i] = 0
 
 
 @_inner
