@@ -230,6 +230,8 @@ def prepare_wgrad(gather: Gather, rows: Rows, dtype: np.dtype) -> WgradEntries:
     # their entries.
     cells = plan.group_block * plan.group_channels * plan.channel_cells
     cells += HEAD_CELLS + 1 + plan.output_block * (plan.band * plan.strip + longest)
+    # The lanes of a vector of sums are added at a time.
+    cells += plan.lanes
     words = WgradJob(
         *_table_words(tables), _address(tables.gradient_places), _address(offsets),
         _address(splits), read=0, gradient=0, partial=0, entries=entries,

@@ -31,6 +31,7 @@ from sparse_conv.backends.cpu_vectors import (
     TILE_CELLS,
     VECTOR_BYTES,
     add_correlations,
+    add_lanes,
     compile_routines,
     finish_stores,
     gather_square,
@@ -534,12 +535,8 @@ def _add_lanes(plan, first, outputs, splits, longest, sums, totals):
     """Adds the lanes of each entry's cell to its total."""
     for output in range(outputs):
         begin, end = _bounds(plan, splits, first + output, 0, plan.blocks)
-        for i in range(begin, end):
-            cell = (output * longest + i - begin) * plan.lanes
-            total = totals[i]
-            for lane in range(plan.lanes):
-                total += sums[cell + lane]
-            totals[i] = total
+        for i in range(begin, end, plan.lanes):
+            add_lanes(sums, output * longest + i - begin, end - i, totals, i)
 
 
 @_inner

@@ -582,6 +582,36 @@ def add_correlations(
     _for_each_size(builder, size, emit)
 
 
+@_routine(
+    sums="numbers",
+    first="int",
+    count="int",
+    totals="numbers",
+    at="int",
+)
+def add_lanes(vectors, sums, first, count, totals, at):
+    """Adds the sum over the lanes of the cell `sums[first + i]` to `totals[at + i]`.
+
+    Args:
+        vectors: Where to emit the code.
+        sums: Cells; all up to `first + LANES` are read, and must exist.
+        first: int64.
+        count: Number of cells i, at least 1; at most LANES are added (int64).
+        totals: Numbers, added to.
+        at: int64.
+    """
+    builder = vectors.builder
+    source = vectors.cells(sums, first)
+    rows = [vectors.load_cell(source, lane) for lane in range(vectors.lanes)]
+    rows = vectors.transpose(rows)
+    while len(rows) > 1:
+        rows = [vectors.add(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    target = builder.bitcast(builder.gep(totals, [at]), vectors.type.as_pointer())
+    mask = vectors.first_lanes(count)
+    held = vectors.masked_load(target, mask)
+    vectors.masked_store(vectors.add(held, rows[0]), target, mask)
+
+
 class _Lanes:
     """Where one piece of memory of each lane begins; some lanes may have none."""
 
