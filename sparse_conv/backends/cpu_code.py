@@ -33,7 +33,9 @@ SUFFIX = ".machine-code"
 ROUTINES = "routines"
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("cpu_code.py", "cpu_plan.py", "cpu_tasks.py", "cpu_vectors.py")
+_SOURCES = (
+    "cpu_code.py", "cpu_jobs.py", "cpu_plan.py", "cpu_tasks.py", "cpu_vectors.py"
+)  # fmt: skip
 
 
 class Widths(NamedTuple):
@@ -71,6 +73,16 @@ class Function(NamedTuple):
 
 _functions: dict[tuple[str, str], Function] = {}
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """In a forked child the parent's lock may be held for ever."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def function(name: str, dtype: str) -> Function:
