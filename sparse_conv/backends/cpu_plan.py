@@ -34,7 +34,9 @@ PLANES_BYTES = 384 * 1024
 WINDOW_BYTES = 28 * 1024
 # Products that are summed by themselves before they join the rest, at most. In one
 # long chain the error of float32 would exceed that of TensorFlow's own convolution.
-CHAIN_ENTRIES = 20
+CHAIN_ENTRIES = 16
+# Blocks of channels are summed one after the other, so there must not be many either.
+MAX_BLOCKS = 12
 # Outputs of this size are written past the caches.
 STREAMED_BYTES = 8 * 2**20
 # Output channels that are summed, and written, together, if there are as many.
@@ -541,6 +543,7 @@ def _tile(job: Job) -> _Tile:
         _tile_of(job, size, -(-channels // blocks))
         for size in range(1, min(job.tile_cells, columns) + 1)
         for blocks in _candidates(channels)
+        if blocks <= MAX_BLOCKS
     ]
     return min(tiles)
 

@@ -417,14 +417,13 @@ def sum_products(
                 builder.gep(first, [builder.mul(outputs, _INT64(j))])
                 for j in range(cells)
             ]
+            zeros = [vectors.zero()] * cells
+            totals = _add_chains(stream, begin, end, length, zeros)
+            # The block's sum joins the others as a whole, or errors would grow.
             start = vectors.splat(builder.load(builder.gep(biases, [output])))
-            totals = [
-                builder.select(fresh, start, vectors.load_cell(place, 0))
-                for place in places
-            ]
-            totals = _add_chains(stream, begin, end, length, totals)
             for place, total in zip(places, totals, strict=True):
-                vectors.store_cell(total, place, 0)
+                held = builder.select(fresh, start, vectors.load_cell(place, 0))
+                vectors.store_cell(vectors.add(held, total), place, 0)
             return []
 
         _loop(builder, _INT64(0), outputs, [], body)
