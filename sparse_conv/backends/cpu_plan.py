@@ -34,7 +34,7 @@ PLANES_BYTES = 384 * 1024
 WINDOW_BYTES = 28 * 1024
 # Products that are summed by themselves before they join the rest, at most. In one
 # long chain the error of float32 would exceed that of TensorFlow's own convolution.
-CHAIN_ENTRIES = 16
+CHAIN_ENTRIES = 20
 # Blocks of channels are summed one after the other, so there must not be many either.
 MAX_BLOCKS = 12
 # Outputs of this size are written past the caches.
