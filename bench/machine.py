@@ -16,6 +16,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -282,7 +283,9 @@ def _cpu_bandwidth() -> float:
     def negate(number: int) -> None:
         np.negative(read[number], out=write[number])
 
-    return 2 * read.nbytes / _shortest_s(lambda: cpu_threads.run(negate, threads))
+    with ThreadPoolExecutor(threads) as pool:
+        shortest_s = _shortest_s(lambda: list(pool.map(negate, range(threads))))
+    return 2 * read.nbytes / shortest_s
 
 
 def _matrix_rate() -> float:

@@ -11,6 +11,7 @@ Knows nothing of how it is timed.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -132,7 +133,8 @@ def naive_cpu(x: np.ndarray, dense: np.ndarray) -> np.ndarray:
         image, p = divmod(number, x.shape[1])
         _naive_row(x[image], y[image, p], p, before, *coo)
 
-    cpu_threads.run(row, x.shape[0] * x.shape[1])
+    with ThreadPoolExecutor(cpu_threads.thread_count()) as pool:
+        list(pool.map(row, range(x.shape[0] * x.shape[1])))
     return y
 
 

@@ -1,8 +1,8 @@
 """`startup`: from a new process to the first result, and to the prepared kernel.
 
 Each point of the figures at density 0.1 is computed by two new processes with caches of
-their own (CUPY_CACHE_DIR, NUMBA_CACHE_DIR): the first finds them empty, the second what
-the first compiled. Importing TensorFlow and starting the device are not counted;
+their own (CUPY_CACHE_DIR, SPARSE_CONV_CACHE_DIR): the first finds them empty, the
+second what the first compiled. Importing TensorFlow and starting the device are not counted;
 TensorFlow's own first convolution is timed beside.
 """
 
@@ -65,7 +65,7 @@ def _probe_in_new_process(case: Case, session: Session, folder: str) -> dict[str
     environment = {
         **os.environ,
         "CUPY_CACHE_DIR": str(Path(folder, "cupy")),
-        "NUMBA_CACHE_DIR": str(Path(folder, "numba")),
+        "SPARSE_CONV_CACHE_DIR": str(Path(folder, "sparse_conv")),
         "TF_CPP_MIN_LOG_LEVEL": "3",
         # TensorFlow would take the whole GPU, which the parent is using, too.
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",

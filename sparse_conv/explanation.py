@@ -373,7 +373,7 @@ def _operands(subject: _Subject, name: str) -> list[tf.Tensor]:
         kernel = subject.filters
         w = kernel.values if isinstance(kernel, SparseKernel) else kernel
         # The kernel's own tensor where it can be: what is compiled belongs to it.
-        w = kept_at(subject.place, tf.cast(w, subject.dtype))
+        w = kept_at(subject.place, tf.cast(tf.convert_to_tensor(w), subject.dtype))
     return {"fprop": [x, w], "dgrad": [dy, w], "wgrad": [x, dy]}[name]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from sparse_conv.backends import cpu_loops, cpu_threads
+from sparse_conv.backends import cpu_loops, cpu_memory, cpu_threads
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Pattern, Rows
 from tests.reference import conv2d_reference, dgrad_reference, wgrad_reference
@@ -279,7 +279,9 @@ def test_results_do_not_depend_on_what_scratch_memory_held(call):
     expected = run_all(call, data)
     # All bits set are NaN; 0x7F800000 is Inf.
     for word in (0, 0xFFFFFFFF, 0x7F800000):
-        cpu_loops._scratch.buffer = np.full(2**21, word, np.uint32).view(np.uint8)
+        memory = np.full(2**21 + 16, word, np.uint32)
+        address = -(-memory.ctypes.data // 64) * 64
+        cpu_memory._scratch.held = (2**23, memory, address)
         for name, result in run_all(call, data).items():
             np.testing.assert_array_equal(result, expected[name], err_msg=name)
 
@@ -335,13 +337,13 @@ _FORK = """
 import os, sys, threading
 import numpy as np
 from tests import test_cpu_loops as t
-from sparse_conv.backends import cpu_threads
+from sparse_conv.backends import cpu_memory, cpu_threads
 cpu_threads.set_thread_limit(2)
 call = t.LARGE[0]
 data = t.make_data(call)
 expected = t.run_fprop(call, data)
 sys.stdout.flush()
-with cpu_threads._state.lock:
+with cpu_threads._state.lock, cpu_memory._blocks.lock:
     child = os.fork()
 same = np.array_equal(t.run_fprop(call, data), expected)
 if child == 0:
@@ -358,19 +360,15 @@ def test_a_forked_child_computes_with_threads_of_its_own():
     subprocess.run([sys.executable, "-c", _FORK], cwd=root, check=True, timeout=120)
 
 
-def test_tasks_all_run_once_and_errors_reach_the_caller():
-    done = []
-    cpu_threads.run(done.append, 100, threads=4)
-    assert sorted(done) == list(range(100))
-
-    def fail(number: int) -> None:
-        if number == 3:
-            raise KeyError(number)
-
-    for threads in (1, 4):
-        with pytest.raises(KeyError):
-            cpu_threads.run(fail, 100, threads=threads)
-    cpu_threads.run(fail, 0)
+def test_tasks_all_run_once():
+    """Tasks of compiled code, in more threads than there are cores."""
+    call = Call((3, 40, 60, 5), (3, 3, 5, 40), integers=True)
+    data = make_data(call)
+    expected = references(call, data)["fprop"]
+    for limit in (1, 2, 5, 16):
+        cpu_threads.set_thread_limit(limit)
+        for _ in range(30):
+            assert_exact(run_fprop(call, data), expected, f"{limit} threads")
 
 
 def test_thread_limit():
@@ -380,3 +378,40 @@ def test_thread_limit():
     assert cpu_threads.thread_count() == 5
     cpu_threads.set_thread_limit(None)
     assert cpu_threads.thread_count() >= 1
+
+
+def test_numbers_of_threads(monkeypatch):
+    monkeypatch.setattr(cpu_threads.os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cpu_threads._environment_threads.cache_clear()
+    assert cpu_threads.thread_count() == 6
+    assert cpu_threads.thread_count(4) == 4
+    assert cpu_threads.thread_count(40) == 6
+    for text, expected in (("3", 3), ("2,1", 2), ("90", 6), ("", 6), ("dynamic", 6)):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        cpu_threads._environment_threads.cache_clear()
+        assert cpu_threads.thread_count() == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    cpu_threads._environment_threads.cache_clear()
+    # TensorFlow's setting is nearer to the user than the environment's.
+    assert cpu_threads.thread_count(5) == 5
+    cpu_threads.set_thread_limit(9)
+    assert cpu_threads.thread_count(5) == 9
+    monkeypatch.undo()
+    cpu_threads._environment_threads.cache_clear()
+
+
+_SETTING = """
+import tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(1)
+import sparse_conv
+from sparse_conv.backends import cpu_threads
+kernel = sparse_conv.SparseKernel.from_dense(tf.ones((3, 3, 8, 8)))
+sparse_conv.conv2d(tf.ones((4, 64, 64, 8)), kernel, 1, "SAME")
+assert cpu_threads._state.helpers == 0
+"""
+
+
+def test_the_setting_of_tensorflow_is_honoured():
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, "-c", _SETTING], cwd=root, check=True, timeout=120)

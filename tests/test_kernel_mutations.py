@@ -240,7 +240,7 @@ MISTAKES = {
             r"first = threadIdx\.x; first < places",
             "first = threadIdx.x; first + 1 < places",
         ),
-        (r"lattice\.extent_w, window\.x_begin", "lattice.extent_w - 1, window.x_begin"),
+        (r"extent_w, window\.x_begin", "extent_w - 1, window.x_begin"),
         (r"quotient\(size - 1 - origin, step\)", "quotient(size - origin, step)"),
         (r"quotient\(step - 1 - origin, step\)", "quotient(step - origin, step)"),
         (

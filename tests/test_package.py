@@ -107,10 +107,11 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
     kernels = {f"kernels/{name}" for name in files(ROOT / "kernels")}
     assert any(name.endswith(".cu") for name in kernels)
     assert kernels <= shipped
-    modules = {name for name in files(ROOT / "sparse_conv") if name.endswith(".py")}
+    sources = files(ROOT / "sparse_conv")
+    modules = {name for name in sources if name.endswith((".py", ".ll"))}
     assert modules <= shipped
     assert all(
-        name.endswith((".py", ".cu", ".cuh", ".md", ".jpg", ".json"))
+        name.endswith((".py", ".ll", ".cu", ".cuh", ".md", ".jpg", ".json"))
         or name == "py.typed"
         for name in shipped
     )

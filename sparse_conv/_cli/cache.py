@@ -14,6 +14,7 @@ from sparse_conv._cli import CommandError
 
 # The name of a symbol that `kernels/prelude.cuh` puts into all that is compiled of it.
 MARKER = b"sparse_conv_marker"
+_SUFFIXES = (".cubin", ".machine-code")
 
 
 def run() -> None:
@@ -48,19 +49,12 @@ def compiled_files(folder: Path) -> Iterator[Path]:
         folder: One of `backends.caches()`; need not exist.
 
     Yields:
-        Loops that Numba compiled from our modules, and GPU functions of ours that CuPy
-        compiled.
+        Machine code of the CPU's loops, and GPU functions of ours that CuPy compiled.
     """
     if not folder.is_dir():
         return
-    modules = {path.stem for path in Path(backends.__file__).parent.glob("*.py")}
     for file in sorted(folder.iterdir()):
         if file.is_symlink() or not file.is_file():
             continue
-        # Numba names its files after the module and the function.
-        if file.suffix in (".nbi", ".nbc"):
-            ours = file.name.partition(".")[0] in modules
-        else:
-            ours = file.suffix == ".cubin" and MARKER in file.read_bytes()
-        if ours:
+        if file.suffix in _SUFFIXES and MARKER in file.read_bytes():
             yield file

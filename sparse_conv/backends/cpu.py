@@ -15,8 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from sparse_conv import bridge, costs
-from sparse_conv.backends import cpu_loops, cpu_threads
-from sparse_conv.backends.cpu_vectors import VECTOR_BYTES
+from sparse_conv.backends import cpu_code, cpu_loops, cpu_memory, cpu_threads
 from sparse_conv.bridge import HOST, Place
 from sparse_conv.costs import Estimate
 from sparse_conv.costs.terms import sparse_terms
@@ -51,7 +50,7 @@ def reason_against(place: Place, dtype: tf.DType, forced: bool) -> str | None:
 
 def caches() -> list[Path]:
     """Where the compiled loops are kept."""
-    return cpu_loops.caches()
+    return [cpu_code.folder()]
 
 
 def fprop(
@@ -69,16 +68,14 @@ def fprop(
     """The forward pass."""
     del algorithm, waits, has_bias
     gather = fprop_gather(problem)
+    wide = _wide(dtype)
 
     def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
         entries = _entries("fprop", w, pattern, gather)
-        y, write = _new(shape, dtype)
-        cpu_loops.gather_entries(
-            entries,
-            _view(x).reshape(problem.input_shape),
-            write.reshape(problem.output_shape),
-            None if bias is None else _view(bias),
-            activation,
+        read, shift = _memory(x), None if bias is None else _memory(bias)
+        y, write = cpu_memory.output(shape, wide)
+        cpu_loops.run_gather(
+            entries, read.address, write, shift.address if shift else 0, activation
         )
         return _finished(y, dtype, place)
 
@@ -98,15 +95,13 @@ def dgrad(
     """The gradient to the input."""
     del algorithm, waits
     gather = dgrad_gather(problem)
+    wide = _wide(dtype)
 
     def run(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
         entries = _entries("dgrad", w, pattern, gather)
-        dx, write = _new(shape, dtype)
-        cpu_loops.gather_entries(
-            entries,
-            _view(dy).reshape(problem.output_shape),
-            write.reshape(problem.input_shape),
-        )
+        read = _memory(dy)
+        dx, write = cpu_memory.output(shape, wide)
+        cpu_loops.run_gather(entries, read.address, write)
         return _finished(dx, dtype, place)
 
     return run
@@ -123,27 +118,37 @@ def wgrad(
     """The gradient to the values of the pattern, or to the dense kernel."""
     del algorithm
     gather = fprop_gather(problem)
+    wide = _wide(dtype)
+    numbers = np.dtype(wide.as_numpy_dtype)
 
-    def run(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-        read = _view(x).reshape(problem.input_shape)
-        gradient = _view(dy).reshape(problem.output_shape)
-        if pattern is None:
-            dw, write = _new(problem.kernel_shape, dtype)
-            cpu_loops.wgrad_dense(gather, read, gradient, write)
-        else:
-            dw, write = _new((pattern.nnz,), dtype)
-            cpu_loops.wgrad(gather, pattern.fprop_rows(), read, gradient, write)
+    def at_nonzeros(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+        entries = pattern.cached(
+            ("cpu_wgrad", gather, numbers),
+            lambda: cpu_loops.prepare_wgrad(gather, pattern.fprop_rows(), numbers),
+        )
+        read, gradient = _memory(x), _memory(dy)
+        dw, write = _new((pattern.nnz,), wide)
+        cpu_loops.run_wgrad(
+            entries, read.address, gradient.address, write, _wanted_threads()
+        )
         return _finished(dw, dtype, place)
 
-    return run
+    def dense(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+        read = _view(x).reshape(problem.input_shape)
+        gradient = _view(dy).reshape(problem.output_shape)
+        dw, write = _new(problem.kernel_shape, wide)
+        cpu_loops.wgrad_dense(gather, read, gradient, write, _wanted_threads())
+        return _finished(dw, dtype, place)
+
+    return dense if pattern is None else at_nonzeros
 
 
 def machine(place: Place) -> costs.Machine:
     """The vectors and threads that a call uses, wherever its tensors live."""
     del place
-    lanes = VECTOR_BYTES // 4
+    lanes = cpu_code.vector_bytes() // 4
     kind = _KINDS.get(lanes, "cpu-avx2")
-    return costs.Machine(kind, cpu_threads.thread_count(), lanes)
+    return costs.Machine(kind, cpu_threads.thread_count(_wanted_threads()), lanes)
 
 
 def estimates(
@@ -186,28 +191,48 @@ def _wide(dtype: tf.DType) -> tf.DType:
     return tf.float32 if dtype.size == 2 else dtype
 
 
-def _view(tensor: tf.Tensor) -> np.ndarray:
-    """The elements as the loops take them; copied if they live on a GPU."""
+def _on_host(tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor in host memory, in a dtype that the loops compute in."""
+    if tensor.dtype.size != 2 and bridge.place_of(tensor).kind == "CPU":
+        return tensor
     with tf.device(HOST.device):
-        if bridge.place_of(tensor).kind == "GPU":
-            tensor = tf.identity(tensor)
-        return bridge.host_view(tf.cast(tensor, _wide(tensor.dtype)))
+        return tf.cast(tf.identity(tensor), _wide(tensor.dtype))
+
+
+def _memory(tensor: tf.Tensor) -> bridge.Memory:
+    """The elements as the loops take them; copied if they live on a GPU."""
+    return bridge.memory_of(_on_host(tensor))
+
+
+def _view(tensor: tf.Tensor) -> np.ndarray:
+    """The same as an array."""
+    return bridge.host_view(_on_host(tensor))
 
 
 def _new(shape: tuple[int, ...], dtype: tf.DType) -> tuple[tf.Tensor, np.ndarray]:
     """A tensor with arbitrary contents, and the view through which to fill it."""
-    tensor = bridge.empty(shape, _wide(dtype), HOST)
+    tensor, _ = cpu_memory.output(shape, dtype)
     return tensor, bridge.host_view(tensor)
 
 
 def _finished(tensor: tf.Tensor, dtype: tf.DType, place: Place) -> tf.Tensor:
     """A filled tensor in the caller's dtype, where its operands live."""
-    with tf.device(HOST.device):
-        tensor = tf.cast(tensor, dtype)
+    if tensor.dtype != dtype:
+        with tf.device(HOST.device):
+            tensor = tf.cast(tensor, dtype)
     if place.kind == "CPU":
         return tensor
     with tf.device(place.device):
         return tf.identity(tensor)
+
+
+@functools.cache
+def _wanted_threads() -> int:
+    """What `tf.config.threading` was told, 0 if it was not. It can't change any more.
+
+    TensorFlow takes a number until it has run its first operation.
+    """
+    return tf.config.threading.get_intra_op_parallelism_threads()
 
 
 def _entries(
@@ -218,12 +243,13 @@ def _entries(
     def build() -> cpu_loops.Entries:
         known, values = _sparse(w, pattern)
         rows = known.fprop_rows() if name == "fprop" else known.dgrad_rows(gather)
-        return cpu_loops.prepare(gather, rows, values)
+        return cpu_loops.prepare(gather, rows, values, _wanted_threads())
 
     # One tensor may hold the values of several patterns, and the gathers of both passes
     # are equal for a 1x1 kernel with as many inputs as outputs.
     owner = None if pattern is None else weakref.ref(pattern)
-    return cached(w, (name, gather, owner, cpu_threads.thread_count()), build)
+    threads = cpu_threads.thread_count(_wanted_threads())
+    return cached(w, (name, gather, owner, threads), build)
 
 
 def _sparse(w: tf.Tensor, pattern: Pattern | None) -> tuple[Pattern, np.ndarray]:

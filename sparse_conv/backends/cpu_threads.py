@@ -1,44 +1,108 @@
-"""A small pool of threads for loops that release the interpreter's lock.
+"""Threads that work on numbered tasks of compiled code, without Python's lock.
 
-Knows how many cores this process may use and how to share numbered tasks among
-threads. Does not know what the tasks compute.
+Knows how many threads to use and how to share tasks among them. Does not know what the
+tasks compute. The threads wait, work and wake each other in `cpu_threads.ll`.
 """
 
 from __future__ import annotations
 
-import itertools
+import ctypes
+import functools
 import os
+import platform
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparse_conv.backends import cpu_code
+
+# Rounds that a helper waits for the next job before it sleeps, and a caller for its
+# helpers. A round takes about 20 ns; to wake a thread takes about 30 us.
+HELPER_SPINS = 3_000
+CALLER_SPINS = 10_000
+
+# By machine: an instruction for loops that wait, and the number of the system call.
+_MACHINES = {
+    "x86_64": ("llvm.x86.sse2.pause()", "declare void @llvm.x86.sse2.pause()", 202),
+    "aarch64": (
+        "llvm.aarch64.hint(i32 1)", "declare void @llvm.aarch64.hint(i32)", 98
+    ),
+}  # fmt: skip
+# The state of a slot, and what fills a cache line.
+_SLOT_WORDS = 8
+_JOB_WORDS = 5
+
+
+class _Functions(NamedTuple):
+    """The functions of `cpu_threads.ll`."""
+
+    run: Any
+    help: Any
+    release: int
 
 
 class _State:
-    """The pool of this process, made when first needed."""
+    """The helpers of this process, made when first needed."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.pool: ThreadPoolExecutor | None = None
-        self.pool_size = 0
+        self.helpers = 0
+        self.slots: Any = None
+        self.slots_address = 0
         self.limit: int | None = None
 
 
 _state = _State()
+# Helpers go on reading their slots for as long as the process lives.
+_all_slots: list[Any] = []
 
 
-def _forget_pool() -> None:
+def _forget_helpers() -> None:
     """In a forked child the parent's threads are gone, and its lock may be held."""
     limit = _state.limit
     _state.__init__()
     _state.limit = limit
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+def after_fork(action: Callable[[], None]) -> None:
+    """Has `action` called in every child that this process forks."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=action)
+
+
+after_fork(_forget_helpers)
+
+
+@functools.cache
+def functions() -> _Functions:
+    """The compiled part.
+
+    Raises:
+        NotImplementedError: The processor is of a kind that nobody tried.
+    """
+    machine = platform.machine()
+    if machine not in _MACHINES:
+        raise NotImplementedError(
+            "The CPU back end knows the processors "
+            f"{' and '.join(_MACHINES)}. Received: {machine}"
+        )
+    pause, declaration, futex = _MACHINES[machine]
+    text = Path(__file__).with_suffix(".ll").read_text()
+    text = text.replace("PAUSE_DECLARATION", declaration)
+    text = text.replace("PAUSE", f"call void @{pause}")
+    text = text.replace("FUTEX,", f"{futex},")
+    addresses = cpu_code.assembled(text, _Functions._fields)
+    word = ctypes.c_int64
+    return _Functions(
+        ctypes.CFUNCTYPE(None, word, word, word, word)(addresses["run"]),
+        ctypes.CFUNCTYPE(None, word, word)(addresses["help"]),
+        addresses["release"],
+    )
 
 
 def set_thread_limit(limit: int | None) -> None:
-    """Sets how many threads a call may use; None means one for each usable core.
+    """Sets how many threads a call uses; None for what else decides.
 
     Args:
         limit: The number of threads, the calling one included.
@@ -51,74 +115,89 @@ def set_thread_limit(limit: int | None) -> None:
     _state.limit = limit
 
 
-def thread_count() -> int:
-    """The threads that a call uses: the limit if one is set, else the usable cores."""
+def thread_count(wanted: int = 0) -> int:
+    """The threads that a call uses.
+
+    In this order: what `set_thread_limit` set; `wanted`; the environment variable
+    OMP_NUM_THREADS; one for each core that this process may use. The second and the
+    third never exceed the fourth.
+
+    Args:
+        wanted: A number that the caller was told to use; 0 without one.
+    """
     if _state.limit is not None:
         return _state.limit
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    wanted = wanted or _environment_threads()
+    return min(wanted, cores) if wanted else cores
 
 
-def run(task: Callable[[int], object], count: int, threads: int | None = None) -> None:
-    """Calls `task(0)` to `task(count - 1)`, in any order, and waits for all of them.
+@functools.cache
+def _environment_threads() -> int:
+    """OMP_NUM_THREADS, of which there may be one for each level; 0 without it."""
+    text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(text) if text.isdigit() else 0
 
-    The calling thread works too, so that a call never waits for a pool that other
-    calls keep busy. A single task runs without the pool.
+
+def make_job(function: int, arguments: Sequence[int]) -> Any:
+    """The tasks of a function with its arguments, to be copied and run.
 
     Args:
-        task: The function to call. It runs in several threads at once.
-        count: The number of tasks.
-        threads: The most threads to use; `thread_count()` without it.
+        function: Address of a function of `cpu_code`.
+        arguments: What it finds in the words of the job.
 
-    Raises:
-        Exception: What a task raised; the tasks that had not begun are left out.
+    Returns:
+        An array of words. Its first ones are this module's own.
     """
-    threads = min(count, thread_count() if threads is None else threads)
-    numbers = iter(range(count))
-    if threads <= 1:
-        _work(task, numbers)
-        return
-    # `next` on an itertools object is atomic under the interpreter's lock.
-    numbers = itertools.islice(itertools.count(), count)
-    helpers = _submit(task, numbers, threads - 1)
-    try:
-        _work(task, numbers)
-    finally:
-        _drain(numbers)
-        # A helper that has not begun would find nothing to do.
-        started = [helper for helper in helpers if not helper.cancel()]
-        errors = [helper.exception() for helper in started]
-    for error in errors:
-        if error is not None:
-            raise error
+    words = [function, 0, 0, 0, 0, *arguments]
+    return (ctypes.c_int64 * len(words))(*words)
 
 
-def _submit(
-    task: Callable[[int], object], numbers: Iterator[int], helpers: int
-) -> list[Future[None]]:
+def run(job: Any, count: int, scratch: int, scratch_bytes: int, threads: int) -> None:
+    """Runs tasks 0 to `count - 1` of a job, in any order, and waits for all of them.
+
+    The calling thread works too, so that a call never waits for helpers that other
+    calls keep busy.
+
+    Args:
+        job: From `make_job`; overwritten.
+        count: The number of tasks.
+        scratch: Address of scratch memory: `scratch_bytes` for each thread.
+        scratch_bytes: See there.
+        threads: The most threads to use.
+    """
+    job[1:_JOB_WORDS] = 0, count, scratch, scratch_bytes
+    helpers = min(count, threads) - 1
+    slots = _slots(helpers) if helpers > 0 else 0
+    functions().run(ctypes.addressof(job), slots, max(0, helpers), CALLER_SPINS)
+
+
+def _slots(helpers: int) -> int:
+    """Address of the slots of at least so many helpers."""
+    if _state.helpers >= helpers:
+        return _state.slots_address
     with _state.lock:
-        if _state.pool is None or _state.pool_size < helpers:
-            if _state.pool is not None:
-                _state.pool.shutdown(wait=False)
-            _state.pool = ThreadPoolExecutor(helpers, thread_name_prefix="sparse_conv")
-            _state.pool_size = helpers
-        return [_state.pool.submit(_help, task, numbers) for _ in range(helpers)]
+        if _state.helpers < helpers:
+            _start_helpers(helpers)
+        return _state.slots_address
 
 
-def _help(task: Callable[[int], object], numbers: Iterator[int]) -> None:
-    try:
-        _work(task, numbers)
-    except BaseException:
-        _drain(numbers)
-        raise
-
-
-def _work(task: Callable[[int], object], numbers: Iterator[int]) -> None:
-    for number in numbers:
-        task(number)
-
-
-def _drain(numbers: Iterator[int]) -> None:
-    for _ in numbers:
-        pass
+def _start_helpers(count: int) -> None:
+    """Starts new helpers; those that there were sleep from now on."""
+    memory = (ctypes.c_int64 * (_SLOT_WORDS * (count + 1)))()
+    _all_slots.append(memory)
+    size = 8 * _SLOT_WORDS
+    address = -(-ctypes.addressof(memory) // size) * size
+    for i in range(count):
+        threading.Thread(
+            target=functions().help,
+            args=(address + i * size, HELPER_SPINS),
+            name=f"sparse_conv_{i}",
+            daemon=True,
+        ).start()
+    _state.slots = memory
+    _state.slots_address = address
+    _state.helpers = count

@@ -10,9 +10,12 @@ A cell is one vector of `LANES` numbers; arrays of cells must begin at a multipl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, extending, types
 from numba.core.registry import cpu_target
@@ -36,8 +39,8 @@ def _choose_widths() -> tuple[int, int]:
     triple, _, features = context.codegen().magic_tuple()
     enabled = set(features.split(","))
     if "+avx512f" in enabled:
-        # 32 registers: 20 sums, and room for the operands in flight.
-        return 64, 20
+        # 32 registers: the sums of 10 cells, twice, and the operands in flight.
+        return 64, 10
     if "+avx" in enabled:
         return 32, 12
     if triple.startswith(("aarch64", "arm64")):
@@ -49,6 +52,13 @@ def _choose_widths() -> tuple[int, int]:
 VECTOR_BYTES, TILE_CELLS = _choose_widths()
 
 
+_SCALARS = {
+    "float32": ir.FloatType(),
+    "float64": ir.DoubleType(),
+    "int32": ir.IntType(32),
+}
+
+
 def lanes(itemsize: int) -> int:
     """Numbers of `itemsize` bytes in one cell."""
     return VECTOR_BYTES // itemsize
@@ -57,26 +67,19 @@ def lanes(itemsize: int) -> int:
 class _Vectors:
     """What the emitters below share: the element type of a call and its operations."""
 
-    def __init__(self, context: Any, builder: _Builder, dtype: types.Type):
-        self.context = context
+    def __init__(self, builder: _Builder, dtype: str):
         self.builder = builder
-        self.scalar = context.get_data_type(dtype)
-        self.itemsize = context.get_abi_sizeof(self.scalar)
+        self.scalar = _SCALARS[dtype]
+        self.itemsize = np.dtype(dtype).itemsize
         self.lanes = lanes(self.itemsize)
         self.type = ir.VectorType(self.scalar, self.lanes)
-        self.is_float = isinstance(dtype, types.Float)
+        self.is_float = dtype.startswith("float")
 
-    def data(self, array_type: types.Array, array: _Value) -> _Value:
-        return self.context.make_array(array_type)(
-            self.context, self.builder, array
-        ).data
-
-    def cells(self, array_type: types.Array, array: _Value, at: _Value) -> _Value:
+    def cells(self, numbers: _Value, at: _Value) -> _Value:
         """Pointer to cell `at` of an array of cells."""
-        pointer = self.builder.bitcast(
-            self.data(array_type, array), self.type.as_pointer()
+        return self.builder.gep(
+            self.builder.bitcast(numbers, self.type.as_pointer()), [at]
         )
-        return self.builder.gep(pointer, [at])
 
     def zero(self) -> ir.Constant:
         element = 0.0 if self.is_float else 0
@@ -112,6 +115,48 @@ class _Vectors:
         mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
         return self.builder.shuffle_vector(a, b, mask)
 
+    def first_lanes(self, count: _Value) -> _Value:
+        """A mask of the lanes below `count`."""
+        builder, int32 = self.builder, ir.IntType(32)
+        undefined = ir.Constant(ir.VectorType(int32, self.lanes), ir.Undefined)
+        single = builder.insert_element(
+            undefined, builder.trunc(count, int32), int32(0)
+        )
+        counts = self.shuffle(single, undefined, [0] * self.lanes)
+        numbers = ir.Constant(undefined.type, list(range(self.lanes)))
+        return builder.icmp_signed("<", numbers, counts)
+
+    def masked_load(self, pointer: _Value, mask: _Value) -> _Value:
+        """Loads the masked lanes; zeros in the others."""
+        kind = ir.FunctionType(
+            self.type, [pointer.type, ir.IntType(32), mask.type, self.type]
+        )
+        function = self._masked_function("load", kind)
+        align = ir.IntType(32)(self.itemsize)
+        return self.builder.call(function, [pointer, align, mask, self.zero()])
+
+    def masked_store(self, value: _Value, pointer: _Value, mask: _Value) -> None:
+        """Stores the masked lanes."""
+        kind = ir.FunctionType(
+            ir.VoidType(), [self.type, pointer.type, ir.IntType(32), mask.type]
+        )
+        function = self._masked_function("store", kind)
+        align = ir.IntType(32)(self.itemsize)
+        self.builder.call(function, [value, pointer, align, mask])
+
+    def _masked_function(self, name: str, kind: ir.FunctionType) -> _Value:
+        element = ("f" if self.is_float else "i") + str(8 * self.itemsize)
+        vector = f"v{self.lanes}{element}"
+        # LLVM has pointers without a type since version 15, and names them p0.
+        name = f"llvm.masked.{name}.{vector}.p0"
+        return cgutils.get_or_insert_function(self.builder.module, kind, name)
+
+    def stream_store(self, value: _Value, pointer: _Value) -> None:
+        """Stores to aligned memory that will not be read soon."""
+        store = self.builder.store(value, pointer, align=VECTOR_BYTES)
+        one = ir.Constant(ir.IntType(32), 1)
+        store.set_metadata("nontemporal", self.builder.module.add_metadata([one]))
+
     def transpose(self, rows: list[_Value]) -> list[_Value]:
         """Transposes a square of vectors, by swapping ever larger blocks."""
         rows, lane_numbers, distance = list(rows), range(self.lanes), 1
@@ -130,6 +175,112 @@ class _Vectors:
                 ])  # fmt: skip
             distance *= 2
         return rows
+
+
+class _Routine(NamedTuple):
+    """A function that Numba's code calls: its arguments' kinds, and what emits it."""
+
+    kinds: tuple[str, ...]
+    emit: Callable[..., None]
+
+
+_ROUTINES: dict[str, _Routine] = {}
+
+
+def _routine(**kinds: str) -> Callable[[Callable[..., None]], Any]:
+    """Makes a function of its own of what emits code, and lets Numba's code call it.
+
+    Numba compiles every function anew in each function that calls it. These are
+    compiled once, into a module of their own, and called by their names.
+
+    Args:
+        kinds: Each argument's: "numbers" (an array of the dtype), "table" (of int32),
+            "places" (of int64), "int" (int64) or "flag" (boolean).
+    """
+    names = tuple(kinds.values())
+
+    def register(emit: Callable[..., None]) -> Any:
+        name = emit.__name__
+        _ROUTINES[name] = _Routine(names, emit)
+
+        def call(typingctx, *arguments):
+            dtype = arguments[names.index("numbers")].dtype
+
+            def codegen(context, builder, signature, args):
+                values = [
+                    context.make_array(kind)(context, builder, value).data
+                    if isinstance(kind, types.Array)
+                    else value
+                    for kind, value in zip(signature.args, args, strict=True)
+                ]
+                function_type = ir.FunctionType(
+                    ir.VoidType(), [value.type for value in values]
+                )
+                function = cgutils.get_or_insert_function(
+                    builder.module, function_type, symbol(name, str(dtype))
+                )
+                builder.call(function, values)
+                return context.get_dummy_value()
+
+            scalars = {"int": types.int64, "flag": types.boolean}
+            taken = (
+                scalars.get(kind, argument)
+                for kind, argument in zip(names, arguments, strict=True)
+            )
+            return types.none(*taken), codegen
+
+        call.__name__ = name
+        # Numba takes what the signature calls *arguments for a tuple.
+        call.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(parameter, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+                for parameter in ("typingctx", *kinds)
+            ]
+        )
+        return extending.intrinsic(call)
+
+    return register
+
+
+def symbol(routine: str, dtype: str) -> str:
+    """The name of a routine for one dtype in compiled code."""
+    return f"sparse_conv_{routine}_{dtype}"
+
+
+def symbols(dtype: str) -> tuple[str, ...]:
+    """The names of all routines for one dtype."""
+    return tuple(symbol(name, dtype) for name in _ROUTINES)
+
+
+def compile_routines(dtype: str) -> bytes:
+    """The object code of all routines for one dtype, for the processor that Numba's is.
+
+    Args:
+        dtype: As NumPy names it.
+    """
+    module = ir.Module(name=f"sparse_conv_{dtype}")
+    pointers = {
+        "numbers": _SCALARS[dtype].as_pointer(),
+        "table": ir.IntType(32).as_pointer(),
+        "places": _INT64.as_pointer(),
+        "int": _INT64,
+        "flag": ir.IntType(1),
+    }
+    for name, (kinds, emit) in _ROUTINES.items():
+        kind = ir.FunctionType(ir.VoidType(), [pointers[kind] for kind in kinds])
+        function = ir.Function(module, kind, symbol(name, dtype))
+        builder = ir.IRBuilder(function.append_basic_block("entry"))
+        emit(_Vectors(builder, dtype), *function.args)
+        builder.ret_void()
+    context: Any = cpu_target.target_context
+    triple, cpu, features = context.codegen().magic_tuple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(
+        cpu=cpu, features=features, opt=3, reloc="default", codemodel="jitdefault",
+        jit=True,
+    )  # fmt: skip
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    return machine.emit_object(parsed)
 
 
 def _for_each_size(
@@ -185,83 +336,210 @@ def _entry_cells(
     return builder.gep(origin, [builder.sext(offset, _INT64)])
 
 
-@intrinsic
-def add_products(
-    typingctx, planes, at, offsets, values, begin, end, sums, sums_at, size, fresh
+@_routine(
+    planes="numbers",
+    at="int",
+    offsets="table",
+    values="numbers",
+    splits="table",
+    lengths="table",
+    row="int",
+    outputs="int",
+    block="int",
+    blocks="int",
+    sums="numbers",
+    size="int",
+    bias="numbers",
+    bias_at="int",
+    fresh="flag",
+)
+def sum_products(
+    vectors,
+    planes,
+    at,
+    offsets,
+    values,
+    splits,
+    lengths,
+    row,
+    outputs,
+    block,
+    blocks,
+    sums,
+    size,
+    bias,
+    bias_at,
+    fresh,
 ):
-    """Adds `values[i] * planes[at + offsets[i] + j]` for all i to `sums[sums_at + j]`.
+    """Adds one block of products to the sums of one tile, for some sparse rows.
 
-    The products are summed by themselves, then added to what `sums` holds.
+    For each output o: `values[i] * planes[at + offsets[i] + j]` for all i from
+    `splits[row + o, block]` to `splits[row + o, block + 1]` is added to
+    `sums[j * outputs + o]`. Products are summed in chains of `lengths[row + o, block]`,
+    and each chain by itself before it joins the rest.
 
     Args:
-        typingctx: Numba's.
+        vectors: Where to emit the code.
         planes: Cells to read.
         at: Where to read, in cells (int64).
         offsets: int32, in cells.
         values: Numbers.
-        begin: First entry (int64).
-        end: One past the last entry; there is at least one (int64).
+        splits: (rows, blocks + 1) int32, flat.
+        lengths: (rows, blocks) int32, flat.
+        row: The first sparse row (int64).
+        outputs: Number of rows, at least one (int64).
+        block: int64; `blocks` is their number.
+        blocks: int64.
         sums: Cells, added to.
-        sums_at: The first cell of `sums` (int64).
         size: Number of cells j, 1 to TILE_CELLS (int64).
-        fresh: Whether `sums` holds nothing yet, which counts as 0 (boolean).
+        bias: Numbers.
+        bias_at: Where those of the outputs begin (int64).
+        fresh: Whether `sums` holds nothing yet, which counts as the bias (boolean).
     """
+    builder = vectors.builder
+    origin = vectors.cells(planes, at)
+    stream = _EntryStream(
+        vectors, origin, offsets,
+        values,
+    )  # fmt: skip
+    rows = _Rows(
+        vectors, splits, lengths,
+        blocks, row, block,
+    )  # fmt: skip
+    target = vectors.cells(sums, _INT64(0))
+    biases = builder.gep(bias, [bias_at])
 
-    def codegen(context, builder, signature, args):
-        kinds = signature.args
-        vectors = _Vectors(context, builder, planes.dtype)
-        origin = vectors.cells(kinds[0], args[0], args[1])
-        offset_data = vectors.data(kinds[2], args[2])
-        value_data = vectors.data(kinds[3], args[3])
-        target = vectors.cells(kinds[6], args[6], args[7])
+    def emit(cells: int) -> None:
+        def body(output, _):
+            begin, end, length = rows.bounds(output)
+            first = builder.gep(target, [output])
+            places = [
+                builder.gep(first, [builder.mul(outputs, _INT64(j))])
+                for j in range(cells)
+            ]
+            zeros = [vectors.zero()] * cells
+            totals = _add_chains(stream, begin, end, length, zeros)
+            # The block's sum joins the others as a whole, or errors would grow.
+            start = vectors.splat(builder.load(builder.gep(biases, [output])))
+            for place, total in zip(places, totals, strict=True):
+                held = builder.select(fresh, start, vectors.load_cell(place, 0))
+                vectors.store_cell(vectors.add(held, total), place, 0)
+            return []
 
-        def emit(cells: int) -> None:
-            def body(number, carried):
-                source = _entry_cells(vectors, origin, offset_data, number)
-                value = builder.load(builder.gep(value_data, [number]))
-                value = vectors.splat(value)
-                return [
-                    vectors.multiply_add(value, vectors.load_cell(source, j), total)
-                    for j, total in enumerate(carried)
-                ]
+        _loop(builder, _INT64(0), outputs, [], body)
 
-            totals = _loop(builder, args[4], args[5], [vectors.zero()] * cells, body)
-            for j, total in enumerate(totals):
-                held = vectors.load_cell(target, j)
-                held = builder.select(args[9], vectors.zero(), held)
-                vectors.store_cell(vectors.add(held, total), target, j)
-
-        _for_each_size(builder, args[8], emit)
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return (
-        types.none(
-            planes,
-            int64,
-            offsets,
-            values,
-            int64,
-            int64,
-            sums,
-            int64,
-            int64,
-            types.boolean,
-        ),
-        codegen,
-    )
+    _for_each_size(builder, size, emit)
 
 
-@intrinsic
+class _EntryStream:
+    """Entries of sparse rows, and what they read relative to one origin."""
+
+    def __init__(
+        self, vectors: _Vectors, origin: _Value, offsets: _Value, values: _Value
+    ):
+        self.vectors = vectors
+        self.origin = origin
+        self.offsets = offsets
+        self.values = values
+
+    def products(self, begin: _Value, end: _Value, cells: int) -> list[_Value]:
+        """The sums of the products of the entries from `begin` to `end`."""
+        vectors, builder = self.vectors, self.vectors.builder
+
+        def body(number, carried):
+            source = _entry_cells(vectors, self.origin, self.offsets, number)
+            value = vectors.splat(builder.load(builder.gep(self.values, [number])))
+            return [
+                vectors.multiply_add(value, vectors.load_cell(source, j), total)
+                for j, total in enumerate(carried)
+            ]
+
+        return _loop(builder, begin, end, [vectors.zero()] * cells, body)
+
+
+class _Rows:
+    """Where one block of each sparse row begins, ends, and is cut into chains."""
+
+    def __init__(
+        self, vectors: _Vectors, splits: _Value, lengths: _Value, blocks: _Value,
+        row: _Value, block: _Value,
+    ):  # fmt: skip
+        self.vectors = vectors
+        self.splits = splits
+        self.lengths = lengths
+        self.blocks = blocks
+        self.row = row
+        self.block = block
+
+    def bounds(self, output: _Value) -> tuple[_Value, _Value, _Value]:
+        """The first entry, one past the last, and the length of a chain."""
+        builder = self.vectors.builder
+        row = builder.add(self.row, output)
+        place = builder.add(builder.mul(row, self.blocks), self.block)
+
+        def load(table: _Value, at: _Value) -> _Value:
+            return builder.sext(builder.load(builder.gep(table, [at])), _INT64)
+
+        split = builder.add(place, row)
+        end = builder.add(split, _INT64(1))
+        return (
+            load(self.splits, split), load(self.splits, end), load(self.lengths, place)
+        )  # fmt: skip
+
+
+def _add_chains(
+    stream: _EntryStream,
+    begin: _Value,
+    end: _Value,
+    length: _Value,
+    totals: list[_Value],
+) -> list[_Value]:
+    """`totals`, and the sum of each chain of the entries from `begin` to `end`."""
+    vectors, builder = stream.vectors, stream.vectors.builder
+    entry = builder.block
+    head = builder.append_basic_block("chains")
+    chain = builder.append_basic_block("chain")
+    after = builder.append_basic_block("chains_done")
+    builder.branch(head)
+    builder.position_at_end(head)
+    start = builder.phi(_INT64)
+    start.add_incoming(begin, entry)
+    carried = [builder.phi(total.type) for total in totals]
+    for phi, total in zip(carried, totals, strict=True):
+        phi.add_incoming(total, entry)
+    builder.cbranch(builder.icmp_signed("<", start, end), chain, after)
+    builder.position_at_end(chain)
+    stop = builder.add(start, length)
+    stop = builder.select(builder.icmp_signed("<", stop, end), stop, end)
+    sums = stream.products(start, stop, len(totals))
+    start.add_incoming(stop, builder.block)
+    for phi, total in zip(carried, sums, strict=True):
+        phi.add_incoming(vectors.add(phi, total), builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return list(carried)
+
+
+@_routine(
+    planes="numbers",
+    at="int",
+    offsets="table",
+    begin="int",
+    end="int",
+    gradient="numbers",
+    gradient_at="int",
+    sums="numbers",
+    size="int",
+)
 def add_correlations(
-    typingctx, planes, at, offsets, begin, end, gradient, gradient_at, sums, size
+    vectors, planes, at, offsets, begin, end, gradient, gradient_at, sums, size
 ):
     """Adds the sum over j of `planes[at + offsets[i] + j] * gradient[gradient_at + j]`.
 
     Entry i's sum is added, lane by lane, to the cell `sums[i - begin]`.
 
     Args:
-        typingctx: Numba's.
+        vectors: Where to emit the code.
         planes: Cells to read.
         at: Where to read, in cells (int64).
         offsets: int32, in cells.
@@ -272,127 +550,339 @@ def add_correlations(
         sums: Cells, added to.
         size: Number of cells j, 1 to TILE_CELLS (int64).
     """
-
-    def codegen(context, builder, signature, args):
-        kinds = signature.args
-        vectors = _Vectors(context, builder, planes.dtype)
-        origin = vectors.cells(kinds[0], args[0], args[1])
-        offset_data = vectors.data(kinds[2], args[2])
-        factors_at = vectors.cells(kinds[5], args[5], args[6])
-        totals = vectors.cells(kinds[7], args[7], _INT64(0))
-
-        def emit(cells: int) -> None:
-            factors = [vectors.load_cell(factors_at, j) for j in range(cells)]
-
-            def body(number, _):
-                source = _entry_cells(vectors, origin, offset_data, number)
-                # Three chains: enough to hide the latency, few enough registers.
-                chains = [vectors.zero()] * min(3, cells)
-                for j, factor in enumerate(factors):
-                    chain = j % len(chains)
-                    chains[chain] = vectors.multiply_add(
-                        factor, vectors.load_cell(source, j), chains[chain]
-                    )
-                target = builder.gep(totals, [builder.sub(number, args[3])])
-                total = chains[0]
-                for chain in chains[1:]:
-                    total = vectors.add(total, chain)
-                total = vectors.add(vectors.load_cell(target, 0), total)
-                vectors.store_cell(total, target, 0)
-                return []
-
-            _loop(builder, args[3], args[4], [], body)
-
-        _for_each_size(builder, args[8], emit)
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return (
-        types.none(planes, int64, offsets, int64, int64, gradient, int64, sums, int64),
-        codegen,
-    )
-
-
-def _lane_pointer(
-    vectors: _Vectors, data: _Value, starts: _Value, lane: int, shift: _Value,
-    absent: _Value,
-) -> _Value:  # fmt: skip
-    """Pointer to `data[starts[lane] + shift]`, `absent` where the start is negative."""
     builder = vectors.builder
-    start = builder.load(builder.gep(starts, [_INT64(lane)]))
-    missing = builder.icmp_signed("<", start, _INT64(0))
-    pointer = builder.gep(data, [builder.add(start, shift)])
-    pointer = builder.select(missing, absent, pointer)
-    return builder.bitcast(pointer, vectors.type.as_pointer())
+    origin = vectors.cells(planes, at)
+    offset_data = offsets
+    factors_at = vectors.cells(gradient, gradient_at)
+    totals = vectors.cells(sums, _INT64(0))
+
+    def emit(cells: int) -> None:
+        factors = [vectors.load_cell(factors_at, j) for j in range(cells)]
+
+        def body(number, _):
+            source = _entry_cells(vectors, origin, offset_data, number)
+            # Three chains: enough to hide the latency, few enough registers.
+            chains = [vectors.zero()] * min(3, cells)
+            for j, factor in enumerate(factors):
+                chain = j % len(chains)
+                chains[chain] = vectors.multiply_add(
+                    factor, vectors.load_cell(source, j), chains[chain]
+                )
+            target = builder.gep(totals, [builder.sub(number, begin)])
+            total = chains[0]
+            for chain in chains[1:]:
+                total = vectors.add(total, chain)
+            total = vectors.add(vectors.load_cell(target, 0), total)
+            vectors.store_cell(total, target, 0)
+            return []
+
+        _loop(builder, begin, end, [], body)
+
+    _for_each_size(builder, size, emit)
 
 
-@intrinsic
-def gather_square(typingctx, source, starts, shift, zeros, target, target_at, step):
-    """Transposes LANES numbers of each lane into LANES cells.
-
-    Number i of lane l, `source[starts[l] + shift + i]`, goes to lane l of the cell
-    `target[target_at + i * step]`; zeros where `starts[l]` is negative.
+@_routine(
+    sums="numbers",
+    first="int",
+    count="int",
+    totals="numbers",
+    at="int",
+)
+def add_lanes(vectors, sums, first, count, totals, at):
+    """Adds the sum over the lanes of the cell `sums[first + i]` to `totals[at + i]`.
 
     Args:
-        typingctx: Numba's.
+        vectors: Where to emit the code.
+        sums: Cells; all up to `first + LANES` are read, and must exist.
+        first: int64.
+        count: Number of cells i, at least 1; at most LANES are added (int64).
+        totals: Numbers, added to.
+        at: int64.
+    """
+    builder = vectors.builder
+    source = vectors.cells(sums, first)
+    rows = [vectors.load_cell(source, lane) for lane in range(vectors.lanes)]
+    rows = vectors.transpose(rows)
+    while len(rows) > 1:
+        rows = [vectors.add(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    target = builder.bitcast(builder.gep(totals, [at]), vectors.type.as_pointer())
+    mask = vectors.first_lanes(count)
+    held = vectors.masked_load(target, mask)
+    vectors.masked_store(vectors.add(held, rows[0]), target, mask)
+
+
+class _Lanes:
+    """Where one piece of memory of each lane begins; some lanes may have none."""
+
+    def __init__(
+        self, vectors: _Vectors, data: _Value, starts: _Value, shift: _Value,
+        absent: _Value,
+    ):  # fmt: skip
+        self.vectors = vectors
+        self.data = vectors.builder.gep(data, [shift])
+        self.starts = starts
+        self.absent = absent
+
+    def pointer(self, lane: int) -> _Value:
+        """Pointer to the lane's piece, `absent` where its start is negative."""
+        builder = self.vectors.builder
+        start = builder.load(builder.gep(self.starts, [_INT64(lane)]))
+        missing = builder.icmp_signed("<", start, _INT64(0))
+        pointer = builder.gep(self.data, [start])
+        pointer = builder.select(missing, self.absent, pointer)
+        return builder.bitcast(pointer, self.vectors.type.as_pointer())
+
+
+def _load_rows(lanes: _Lanes, count: _Value) -> list[_Value]:
+    """`count` numbers of each lane, and zeros up to a whole vector."""
+    vectors, builder = lanes.vectors, lanes.vectors.builder
+    pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
+    whole, part, after = (
+        builder.append_basic_block(name) for name in ("whole", "part", "loaded")
+    )
+    full = builder.icmp_signed(">=", count, _INT64(vectors.lanes))
+    builder.cbranch(full, whole, part)
+    builder.position_at_end(whole)
+    complete = [builder.load(pointer, align=vectors.itemsize) for pointer in pointers]
+    builder.branch(after)
+    builder.position_at_end(part)
+    mask = vectors.first_lanes(count)
+    partial = [vectors.masked_load(pointer, mask) for pointer in pointers]
+    builder.branch(after)
+    builder.position_at_end(after)
+    rows = []
+    for a, b in zip(complete, partial, strict=True):
+        row = builder.phi(vectors.type)
+        row.add_incoming(a, whole)
+        row.add_incoming(b, part)
+        rows.append(row)
+    return rows
+
+
+def _store_rows(
+    lanes: _Lanes, rows: list[_Value], count: _Value, streaming: _Value
+) -> None:
+    """Stores the first `count` numbers of each row to the lane's memory.
+
+    Args:
+        lanes: Where to.
+        rows: One vector for each lane.
+        count: int64.
+        streaming: Whether to pass the caches by; whole, aligned vectors only.
+    """
+    vectors, builder = lanes.vectors, lanes.vectors.builder
+    pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
+    stream, rest, whole, part, after = (
+        builder.append_basic_block(name)
+        for name in ("stream", "rest", "whole", "part", "stored")
+    )
+    full = builder.icmp_signed(">=", count, _INT64(vectors.lanes))
+    builder.cbranch(builder.and_(full, streaming), stream, rest)
+    builder.position_at_end(stream)
+    for pointer, row in zip(pointers, rows, strict=True):
+        vectors.stream_store(row, pointer)
+    builder.branch(after)
+    builder.position_at_end(rest)
+    builder.cbranch(full, whole, part)
+    builder.position_at_end(whole)
+    for pointer, row in zip(pointers, rows, strict=True):
+        builder.store(row, pointer, align=vectors.itemsize)
+    builder.branch(after)
+    builder.position_at_end(part)
+    mask = vectors.first_lanes(count)
+    for pointer, row in zip(pointers, rows, strict=True):
+        vectors.masked_store(row, pointer, mask)
+    builder.branch(after)
+    builder.position_at_end(after)
+
+
+class _Lanes:
+    """Where one piece of memory of each lane begins; some lanes may have none."""
+
+    def __init__(
+        self, vectors: _Vectors, data: _Value, starts: _Value, shift: _Value,
+        absent: _Value,
+    ):  # fmt: skip
+        self.vectors = vectors
+        self.data = vectors.builder.gep(data, [shift])
+        self.starts = starts
+        self.absent = absent
+
+    def pointer(self, lane: int) -> _Value:
+        """Pointer to the lane's piece, `absent` where its start is negative."""
+        builder = self.vectors.builder
+        start = builder.load(builder.gep(self.starts, [_INT64(lane)]))
+        missing = builder.icmp_signed("<", start, _INT64(0))
+        pointer = builder.gep(self.data, [start])
+        pointer = builder.select(missing, self.absent, pointer)
+        return builder.bitcast(pointer, self.vectors.type.as_pointer())
+
+
+def _load_rows(lanes: _Lanes, count: _Value) -> list[_Value]:
+    """`count` numbers of each lane, and zeros up to a whole vector."""
+    vectors, builder = lanes.vectors, lanes.vectors.builder
+    pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
+    whole, part, after = (
+        builder.append_basic_block(name) for name in ("whole", "part", "loaded")
+    )
+    full = builder.icmp_signed(">=", count, _INT64(vectors.lanes))
+    builder.cbranch(full, whole, part)
+    builder.position_at_end(whole)
+    complete = [builder.load(pointer, align=vectors.itemsize) for pointer in pointers]
+    builder.branch(after)
+    builder.position_at_end(part)
+    mask = vectors.first_lanes(count)
+    partial = [vectors.masked_load(pointer, mask) for pointer in pointers]
+    builder.branch(after)
+    builder.position_at_end(after)
+    rows = []
+    for a, b in zip(complete, partial, strict=True):
+        row = builder.phi(vectors.type)
+        row.add_incoming(a, whole)
+        row.add_incoming(b, part)
+        rows.append(row)
+    return rows
+
+
+def _store_rows(
+    lanes: _Lanes, rows: list[_Value], count: _Value, streaming: _Value
+) -> None:
+    """Stores the first `count` numbers of each row to the lane's memory.
+
+    Args:
+        lanes: Where to.
+        rows: One vector for each lane.
+        count: int64.
+        streaming: Whether to pass the caches by; whole, aligned vectors only.
+    """
+    vectors, builder = lanes.vectors, lanes.vectors.builder
+    pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
+    stream, rest, whole, part, after = (
+        builder.append_basic_block(name)
+        for name in ("stream", "rest", "whole", "part", "stored")
+    )
+    full = builder.icmp_signed(">=", count, _INT64(vectors.lanes))
+    builder.cbranch(builder.and_(full, streaming), stream, rest)
+    builder.position_at_end(stream)
+    for pointer, row in zip(pointers, rows, strict=True):
+        vectors.stream_store(row, pointer)
+    builder.branch(after)
+    builder.position_at_end(rest)
+    builder.cbranch(full, whole, part)
+    builder.position_at_end(whole)
+    for pointer, row in zip(pointers, rows, strict=True):
+        builder.store(row, pointer, align=vectors.itemsize)
+    builder.branch(after)
+    builder.position_at_end(part)
+    mask = vectors.first_lanes(count)
+    for pointer, row in zip(pointers, rows, strict=True):
+        vectors.masked_store(row, pointer, mask)
+    builder.branch(after)
+    builder.position_at_end(after)
+
+
+@_routine(
+    source="numbers",
+    starts="places",
+    shift="int",
+    count="int",
+    zeros="numbers",
+    target="numbers",
+    target_at="int",
+    places="table",
+    first="int",
+)
+def gather_square(
+    vectors, source, starts, shift, count, zeros, target, target_at, places, first
+):
+    """Transposes up to LANES numbers of each lane into as many cells.
+
+    Number i < `count` of lane l, `source[starts[l] + shift + i]`, goes to lane l of the
+    cell `target[target_at + places[first + i]]`; zeros where `starts[l]` is negative.
+    With `count` below LANES, the cell `target[-1]` is overwritten.
+
+    Args:
+        vectors: Where to emit the code.
         source: Any array, read flat.
         starts: (LANES,) int64.
         shift: int64.
+        count: int64, at least 1.
         zeros: (LANES,) zeros.
         target: Cells.
-        target_at: The first cell (int64).
-        step: From one cell to the next (int64).
+        target_at: int64.
+        places: int32, in cells; at least LANES from `first` on.
+        first: int64.
     """
-
-    def codegen(context, builder, signature, args):
-        kinds = signature.args
-        vectors = _Vectors(context, builder, source.dtype)
-        data, start_data, absent = (vectors.data(kinds[i], args[i]) for i in (0, 1, 3))
-        rows = []
-        for lane in range(vectors.lanes):
-            pointer = _lane_pointer(vectors, data, start_data, lane, args[2], absent)
-            rows.append(builder.load(pointer, align=vectors.itemsize))
-        address = vectors.cells(kinds[4], args[4], args[5])
-        for row in vectors.transpose(rows):
-            builder.store(row, address, align=VECTOR_BYTES)
-            address = builder.gep(address, [args[6]])
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return types.none(source, starts, int64, zeros, target, int64, int64), codegen
+    builder = vectors.builder
+    data, start_data, absent = source, starts, zeros
+    pieces = _Lanes(vectors, data, start_data, shift, absent)
+    rows = vectors.transpose(_load_rows(pieces, count))
+    base = vectors.cells(target, target_at)
+    waste = vectors.cells(target, _INT64(-1))
+    table = builder.gep(places, [first])
+    for i, row in enumerate(rows):
+        place = builder.load(builder.gep(table, [_INT64(i)]))
+        address = builder.gep(base, [builder.sext(place, _INT64)])
+        used = builder.icmp_signed("<", _INT64(i), count)
+        builder.store(row, builder.select(used, address, waste), align=VECTOR_BYTES)
 
 
-@intrinsic
-def scatter_square(typingctx, source, source_at, step, target, starts, shift, waste):
-    """The opposite of `gather_square`: LANES cells to LANES numbers of each lane.
+@_routine(
+    source="numbers",
+    source_at="int",
+    step="int",
+    count="int",
+    target="numbers",
+    starts="places",
+    shift="int",
+    waste="numbers",
+    streaming="flag",
+)
+def scatter_square(
+    vectors, source, source_at, step, count, target, starts, shift, waste, streaming
+):
+    """The opposite of `gather_square`: up to LANES cells to numbers of each lane.
 
     Lane l of the cell `source[source_at + i * step]` goes to
-    `target[starts[l] + shift + i]`, or nowhere where `starts[l]` is negative.
+    `target[starts[l] + shift + i]` for i < `count`, or nowhere where `starts[l]` is
+    negative. The cells up to i = LANES - 1 are read, and must exist.
 
     Args:
-        typingctx: Numba's.
+        vectors: Where to emit the code.
         source: Cells.
         source_at: The first cell (int64).
         step: From one cell to the next (int64).
+        count: int64, at least 1.
         target: Any array, written flat.
         starts: (LANES,) int64.
         shift: int64.
-        waste: (LANES,) numbers, overwritten.
+        waste: (LANES,) numbers, aligned as cells are, overwritten.
+        streaming: Whether to pass the caches by (boolean). All that is written must be
+            aligned then.
+    """
+    builder = vectors.builder
+    address = vectors.cells(source, source_at)
+    rows = []
+    for _ in range(vectors.lanes):
+        rows.append(builder.load(address, align=VECTOR_BYTES))
+        address = builder.gep(address, [step])
+    data, start_data, absent = target, starts, waste
+    pieces = _Lanes(vectors, data, start_data, shift, absent)
+    _store_rows(pieces, vectors.transpose(rows), count, streaming)
+
+
+@intrinsic
+def finish_stores(typingctx):
+    """Makes all that this thread has written visible before what it writes next.
+
+    Memory that is written past the caches needs that.
+
+    Args:
+        typingctx: Numba's.
     """
 
     def codegen(context, builder, signature, args):
-        kinds = signature.args
-        vectors = _Vectors(context, builder, source.dtype)
-        address = vectors.cells(kinds[0], args[0], args[1])
-        rows = []
-        for _ in range(vectors.lanes):
-            rows.append(builder.load(address, align=VECTOR_BYTES))
-            address = builder.gep(address, [args[2]])
-        data, start_data, absent = (vectors.data(kinds[i], args[i]) for i in (3, 4, 6))
-        for lane, row in enumerate(vectors.transpose(rows)):
-            pointer = _lane_pointer(vectors, data, start_data, lane, args[5], absent)
-            builder.store(row, pointer, align=vectors.itemsize)
+        builder.fence("seq_cst")
         return context.get_dummy_value()
 
-    int64 = types.int64
-    return types.none(source, int64, int64, target, starts, int64, waste), codegen
+    return types.none(), codegen

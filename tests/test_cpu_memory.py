@@ -1,0 +1,81 @@
+"""Blocks of memory that become tensors, again and again."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from sparse_conv.backends import cpu_memory
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch) -> cpu_memory._Blocks:
+    """Blocks of this test alone."""
+    blocks = cpu_memory._Blocks()
+    monkeypatch.setattr(cpu_memory, "_blocks", blocks)
+    return blocks
+
+
+def known_bytes(blocks: cpu_memory._Blocks) -> int:
+    return sum(size * len(some) for size, some in blocks.by_size.items())
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64, tf.int32])
+@pytest.mark.parametrize("shape", [(1,), (2, 3, 5, 7), (700, 1000)])
+def test_a_tensor_is_what_was_asked_for(shape, dtype):
+    tensor, address = cpu_memory.output(shape, dtype)
+    assert tensor.shape == shape
+    assert tensor.dtype == dtype
+    assert address % cpu_memory.ALIGNMENT == 0
+    view = np.asarray(memoryview(tensor))
+    assert view.ctypes.data == address
+    assert "CPU:0" in tensor.backing_device
+
+
+def test_the_memory_of_a_dead_tensor_is_used_again():
+    first, address = cpu_memory.output((100, 100), tf.float32)
+    second, other = cpu_memory.output((100, 100), tf.float32)
+    assert other != address
+    del first
+    gc.collect()
+    third, again = cpu_memory.output((100, 100), tf.float32)
+    assert again == address
+    del second, third
+
+
+def test_memory_that_anything_still_uses_is_not():
+    tensor, address = cpu_memory.output((64, 64), tf.float32)
+    tensor = tf.reshape(tensor, (-1,))
+    view = memoryview(tensor)
+    del tensor
+    gc.collect()
+    others = [cpu_memory.output((64, 64), tf.float32) for _ in range(20)]
+    assert address not in [other for _, other in others]
+    del view, others
+    gc.collect()
+    # Those that were asked least recently are asked first.
+    found = [cpu_memory.output((64, 64), tf.float32) for _ in range(21)]
+    assert address in [other for _, other in found]
+
+
+def test_free_memory_beyond_what_is_kept_is_returned(blocks, monkeypatch):
+    monkeypatch.setattr(cpu_memory, "KEPT_BYTES", 2**20)
+    tensors = [cpu_memory.output((256, 1024), tf.float32)[0] for _ in range(8)]
+    assert known_bytes(blocks) == 8 * 2**20
+    del tensors
+    gc.collect()
+    for _ in range(cpu_memory._SWEEP_CALLS):
+        cpu_memory.output((1,), tf.float32)
+    assert known_bytes(blocks) <= 2**20 + 4096
+
+
+def test_scratch_memory_stays_and_grows():
+    owner, address = cpu_memory.scratch(1000)
+    assert cpu_memory.scratch(500)[1] == address
+    assert address % cpu_memory.ALIGNMENT == 0
+    _, larger = cpu_memory.scratch(3 * 2**20)
+    assert cpu_memory.scratch(1000)[1] == larger
+    del owner
