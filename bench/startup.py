@@ -2,8 +2,8 @@
 
 Each point of the figures at density 0.1 is computed by two new processes with caches of
 their own (CUPY_CACHE_DIR, SPARSE_CONV_CACHE_DIR): the first finds them empty, the
-second what the first compiled. Importing TensorFlow and starting the device are not counted;
-TensorFlow's own first convolution is timed beside.
+second what the first compiled. Importing TensorFlow and starting the device are not
+counted; TensorFlow's own first convolution is timed beside.
 """
 
 from __future__ import annotations
