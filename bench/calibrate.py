@@ -297,7 +297,7 @@ def predicted(one: Sample, models: dict[str, dict[str, float]]) -> float:
 def print_errors(samples: Sequence[Sample], models: dict[str, dict]) -> None:
     """How far each model is from the times."""
     print(f"\n{'model':<24}{'samples':>8}{'median':>9}{'90 %':>8}{'worst':>8}  error")
-    for model in models:
+    for model in sorted({one.model for one in samples}):
         own = [one for one in samples if one.model == model]
         ratios = [abs(np.log(predicted(one, models) / one.microseconds)) for one in own]
         cells = "".join(
