@@ -239,16 +239,22 @@ def _entries(
     name: str, w: tf.Tensor, pattern: Pattern | None, gather: Gather
 ) -> cpu_loops.Entries:
     """A kernel's entries as a pass's loops walk them, prepared once for each tensor."""
+    threads = cpu_threads.thread_count(_wanted_threads())
 
     def build() -> cpu_loops.Entries:
         known, values = _sparse(w, pattern)
-        rows = known.fprop_rows() if name == "fprop" else known.dgrad_rows(gather)
-        return cpu_loops.prepare(gather, rows, values, _wanted_threads())
+
+        def place() -> cpu_loops.Placement:
+            rows = known.fprop_rows() if name == "fprop" else known.dgrad_rows(gather)
+            return cpu_loops.place(gather, rows, values, _wanted_threads())
+
+        # Training changes the values at every step, and only them.
+        key = ("cpu", name, gather, values.dtype, threads)
+        return cpu_loops.fill(known.cached(key, place), values)
 
     # One tensor may hold the values of several patterns, and the gathers of both passes
     # are equal for a 1x1 kernel with as many inputs as outputs.
     owner = None if pattern is None else weakref.ref(pattern)
-    threads = cpu_threads.thread_count(_wanted_threads())
     return cached(w, (name, gather, owner, threads), build)
 
 

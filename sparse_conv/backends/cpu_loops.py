@@ -28,26 +28,40 @@ from sparse_conv.pattern import Rows
 WGRAD_THREADS = 16
 
 
-class Entries(NamedTuple):
-    """A Gather's rows as the loops walk them, with their values.
+class Placement(NamedTuple):
+    """A Gather's rows as the loops walk them, without their values.
 
     Attributes:
         tables: The plan they are made for.
+        function: The compiled function.
         offsets: (entries,) int32, what each entry reads, in cells.
-        values: (entries,) numbers.
+        sources: (entries,) the place of each entry's value among the pattern's.
         splits: (rows, blocks + 1) int32, where each row's blocks of channels begin.
         lengths: (rows, blocks) int32, the entries of a chain in each block.
-        job: What the threads run, but for the words that differ from call to call.
-        owners: What the job points to.
+        no_bias: (out_channels,) zeros.
     """
 
     tables: PlanTables
+    function: Function
     offsets: np.ndarray
-    values: np.ndarray
+    sources: np.ndarray
     splits: np.ndarray
     lengths: np.ndarray
+    no_bias: np.ndarray
+
+
+class Entries(NamedTuple):
+    """Entries in their places.
+
+    Attributes:
+        placement: The places, which the job points to.
+        values: (entries,) numbers, which the job points to as well.
+        job: What the threads run, but for the words that differ from call to call.
+    """
+
+    placement: Placement
+    values: np.ndarray
     job: Any
-    owners: tuple[np.ndarray, ...]
 
 
 def gather(
@@ -85,16 +99,24 @@ def gather(
 def prepare(
     gather: Gather, rows: Rows, values: np.ndarray, wanted_threads: int = 0
 ) -> Entries:
-    """Prepares what does not depend on a Gather's input.
+    """Prepares what does not depend on a Gather's input; see `place` and `fill`."""
+    return fill(place(gather, rows, values, wanted_threads), values)
+
+
+def place(
+    gather: Gather, rows: Rows, values: np.ndarray, wanted_threads: int = 0
+) -> Placement:
+    """Prepares what depends neither on a Gather's input nor on its values.
 
     Args:
         gather: What will be computed.
         rows: The sparse rows that belong to it.
-        values: (nnz,) numbers, in the pattern's canonical order.
+        values: (nnz,) numbers, in the pattern's canonical order. Their magnitudes, or
+            those that they had when training began, decide the order within chains.
         wanted_threads: As `cpu_threads.thread_count` takes it.
 
     Returns:
-        The entries, ready for any number of calls of `run_gather`.
+        The places, which serve any values of the same pattern and dtype.
 
     Raises:
         NotImplementedError: The scratch memory of one tile would exceed 2^31 cells.
@@ -104,19 +126,25 @@ def prepare(
     tables = _tables(gather, function, values.dtype, len(rows.indices), threads)
     used, offsets, splits = _place_entries(tables, rows)
     lengths = chain_lengths(np.diff(splits, axis=1))
-    ordered = values[used] if rows.order is None else values[rows.order[used]]
-    order = _chain_order(ordered, splits, lengths)
-    offsets, ordered = offsets[order], ordered[order]
-    no_bias = np.zeros(gather.out_channels, values.dtype)
+    sources = used if rows.order is None else rows.order[used]
+    order = _chain_order(values[sources], splits, lengths)
+    return Placement(
+        tables, function, offsets[order], sources[order], splits, lengths,
+        np.zeros(gather.out_channels, values.dtype),
+    )  # fmt: skip
+
+
+def fill(placement: Placement, values: np.ndarray) -> Entries:
+    """The entries with these values, ready for any number of calls of `run_gather`."""
+    p = placement
+    ordered = values[p.sources]
     words = GatherJob(
-        *_table_words(tables), _address(offsets), _address(splits), _address(lengths),
-        _address(ordered), read=0, write=0, bias=_address(no_bias), activation=0,
+        *_table_words(p.tables), _address(p.offsets), _address(p.splits),
+        _address(p.lengths), _address(ordered), read=0, write=0,
+        bias=_address(p.no_bias), activation=0,
     )  # fmt: skip
-    job = cpu_threads.make_job(function.address, words)
-    return Entries(
-        tables, offsets, ordered, splits, lengths, job,
-        (offsets, ordered, splits, lengths, no_bias),
-    )  # fmt: skip
+    job = cpu_threads.make_job(p.function.address, words)
+    return Entries(placement, ordered, job)
 
 
 _READ, _WRITE, _BIAS, _ACTIVATION = (
@@ -129,7 +157,7 @@ def run_gather(
     entries: Entries, read: int, write: int, bias: int = 0, activation: int = 0
 ) -> None:
     """As `gather`, for entries that are prepared and operands at addresses."""
-    tables = entries.tables
+    tables = entries.placement.tables
     job = type(entries.job).from_buffer_copy(entries.job)
     job[_READ] = read
     job[_WRITE] = write
