@@ -57,7 +57,7 @@ def place_of(tensor: tf.Tensor) -> Place:
     return _parse(tensor.backing_device)
 
 
-class _DLTensor(ctypes.Structure):
+class DLTensor(ctypes.Structure):
     """The head of DLPack's DLManagedTensor, see https://dmlc.github.io/dlpack."""
 
     _fields_ = (
@@ -90,7 +90,7 @@ def memory_of(tensor: tf.Tensor) -> Memory:
     `to_dlpack` waits for the work that TensorFlow has enqueued on the tensor's device.
     """
     capsule = tf.experimental.dlpack.to_dlpack(tensor)
-    head = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
+    head = DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     return Memory((head.data or 0) + head.byte_offset, capsule)
 
 

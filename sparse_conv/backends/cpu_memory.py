@@ -25,6 +25,7 @@ import numpy as np
 import tensorflow as tf
 
 from sparse_conv.backends import cpu_threads
+from sparse_conv.bridge import DLTensor
 
 # Memory of dead results that is kept for the next ones.
 KEPT_BYTES = 256 * 2**20
@@ -49,18 +50,10 @@ _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 _from_dlpack = tf.experimental.dlpack.from_dlpack
 
 
-class _Managed(ctypes.Structure):
+class _Managed(DLTensor):
     """DLPack's DLManagedTensor and our flag; see https://dmlc.github.io/dlpack."""
 
     _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("dtype", ctypes.c_uint32),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
         ("manager_ctx", ctypes.c_void_p),
         ("deleter", ctypes.c_void_p),
         ("in_use", ctypes.c_int64),
