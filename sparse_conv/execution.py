@@ -181,7 +181,7 @@ def build_run(
         arguments = (problem, one.dtype, one.place, pattern)
         return getattr(dense, one.name)(*arguments, **options)
     if one.name != "wgrad":
-        options["waits"] = waits
+        options |= {"waits": waits, "constant": convolution.constant}
     if pattern is not None:
         # Empty outer taps would make every tile of the input larger.
         problem, pattern = problem.cropped(*pattern.tap_range()), pattern.cropped()

@@ -4,9 +4,9 @@ A back end is a module with
 
     unavailable() -> str | None           why this machine can't use it
     reason_against(place, dtype, forced) -> str | None    why it can't compute there
-    fprop(problem, dtype, place, pattern, *, algorithm, waits, has_bias, activation,
-        shape) -> run(x, w[, bias]) -> y
-    dgrad(problem, dtype, place, pattern, *, algorithm, waits, shape)
+    fprop(problem, dtype, place, pattern, *, algorithm, waits, constant, has_bias,
+        activation, shape) -> run(x, w[, bias]) -> y
+    dgrad(problem, dtype, place, pattern, *, algorithm, waits, constant, shape)
         -> run(dy, w) -> dx
     wgrad(problem, dtype, place, pattern, *, algorithm) -> run(x, dy) -> dw
     machine(place) -> costs.Machine       what its costs depend on besides the problem

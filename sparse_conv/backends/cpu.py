@@ -20,7 +20,7 @@ from sparse_conv.bridge import HOST, Place
 from sparse_conv.costs import Estimate
 from sparse_conv.costs.terms import sparse_terms
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
-from sparse_conv.pattern import Pattern
+from sparse_conv.pattern import Pattern, Rows
 from sparse_conv.problem import Problem
 from sparse_conv.tensor_cache import cached
 
@@ -61,6 +61,7 @@ def fprop(
     *,
     algorithm: str,
     waits: bool,
+    constant: bool,
     has_bias: bool,
     activation: int,
     shape: tuple[int, ...],
@@ -71,7 +72,7 @@ def fprop(
     wide = _wide(dtype)
 
     def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        entries = _entries("fprop", w, pattern, gather)
+        entries = _entries("fprop", w, pattern, gather, constant)
         read, shift = _memory(x), None if bias is None else _memory(bias)
         y, write = cpu_memory.output(shape, wide)
         cpu_loops.run_gather(
@@ -90,6 +91,7 @@ def dgrad(
     *,
     algorithm: str,
     waits: bool,
+    constant: bool,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The gradient to the input."""
@@ -98,7 +100,7 @@ def dgrad(
     wide = _wide(dtype)
 
     def run(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
-        entries = _entries("dgrad", w, pattern, gather)
+        entries = _entries("dgrad", w, pattern, gather, constant)
         read = _memory(dy)
         dx, write = cpu_memory.output(shape, wide)
         cpu_loops.run_gather(entries, read.address, write)
@@ -236,7 +238,7 @@ def _wanted_threads() -> int:
 
 
 def _entries(
-    name: str, w: tf.Tensor, pattern: Pattern | None, gather: Gather
+    name: str, w: tf.Tensor, pattern: Pattern | None, gather: Gather, constant: bool
 ) -> cpu_loops.Entries:
     """A kernel's entries as a pass's loops walk them, prepared once for each tensor."""
     threads = cpu_threads.thread_count(_wanted_threads())
@@ -244,13 +246,17 @@ def _entries(
     def build() -> cpu_loops.Entries:
         known, values = _sparse(w, pattern)
 
-        def place() -> cpu_loops.Placement:
-            rows = known.fprop_rows() if name == "fprop" else known.dgrad_rows(gather)
-            return cpu_loops.place(gather, rows, values, _wanted_threads())
+        def rows() -> Rows:
+            return known.fprop_rows() if name == "fprop" else known.dgrad_rows(gather)
 
+        if constant or pattern is None:
+            return cpu_loops.prepare(gather, rows(), values, _wanted_threads())
         # Training changes the values at every step, and only them.
-        key = ("cpu", name, gather, values.dtype, threads)
-        return cpu_loops.fill(known.cached(key, place), values)
+        placement = pattern.cached(
+            ("cpu", name, gather, values.dtype, threads),
+            lambda: cpu_loops.place(gather, rows(), values.dtype, _wanted_threads()),
+        )
+        return cpu_loops.fill(placement, values)
 
     # One tensor may hold the values of several patterns, and the gathers of both passes
     # are equal for a 1x1 kernel with as many inputs as outputs.

@@ -99,20 +99,38 @@ def gather(
 def prepare(
     gather: Gather, rows: Rows, values: np.ndarray, wanted_threads: int = 0
 ) -> Entries:
-    """Prepares what does not depend on a Gather's input; see `place` and `fill`."""
-    return fill(place(gather, rows, values, wanted_threads), values)
+    """Prepares what does not depend on a Gather's input.
+
+    Args:
+        gather: What will be computed.
+        rows: The sparse rows that belong to it.
+        values: (nnz,) numbers, in the pattern's canonical order. Their magnitudes
+            decide the order within chains.
+        wanted_threads: As `cpu_threads.thread_count` takes it.
+
+    Returns:
+        The entries, ready for any number of calls of `run_gather`.
+
+    Raises:
+        NotImplementedError: The scratch memory of one tile would exceed 2^31 cells.
+    """
+    placement = place(gather, rows, values.dtype, wanted_threads)
+    order = _chain_order(values[placement.sources], placement.splits, placement.lengths)
+    placement = placement._replace(
+        offsets=placement.offsets[order], sources=placement.sources[order]
+    )
+    return fill(placement, values)
 
 
 def place(
-    gather: Gather, rows: Rows, values: np.ndarray, wanted_threads: int = 0
+    gather: Gather, rows: Rows, dtype: np.dtype, wanted_threads: int = 0
 ) -> Placement:
     """Prepares what depends neither on a Gather's input nor on its values.
 
     Args:
         gather: What will be computed.
         rows: The sparse rows that belong to it.
-        values: (nnz,) numbers, in the pattern's canonical order. Their magnitudes, or
-            those that they had when training began, decide the order within chains.
+        dtype: Of the numbers.
         wanted_threads: As `cpu_threads.thread_count` takes it.
 
     Returns:
@@ -122,15 +140,14 @@ def place(
         NotImplementedError: The scratch memory of one tile would exceed 2^31 cells.
     """
     threads = cpu_threads.thread_count(wanted_threads)
-    function = cpu_code.function("gather", values.dtype.name)
-    tables = _tables(gather, function, values.dtype, len(rows.indices), threads)
+    function = cpu_code.function("gather", dtype.name)
+    tables = _tables(gather, function, dtype, len(rows.indices), threads)
     used, offsets, splits = _place_entries(tables, rows)
     lengths = chain_lengths(np.diff(splits, axis=1))
     sources = used if rows.order is None else rows.order[used]
-    order = _chain_order(values[sources], splits, lengths)
     return Placement(
-        tables, function, offsets[order], sources[order], splits, lengths,
-        np.zeros(gather.out_channels, values.dtype),
+        tables, function, offsets, sources, splits, lengths,
+        np.zeros(gather.out_channels, dtype),
     )  # fmt: skip
 
 

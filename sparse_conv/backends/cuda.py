@@ -85,11 +85,13 @@ def fprop(
     *,
     algorithm: str,
     waits: bool,
+    constant: bool,
     has_bias: bool,
     activation: int,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The forward pass."""
+    del constant
     gather = fprop_gather(problem)
     launch = plan.gather_launch(
         gather,
@@ -122,9 +124,11 @@ def dgrad(
     *,
     algorithm: str,
     waits: bool,
+    constant: bool,
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The gradient to the input."""
+    del constant
     gather = dgrad_gather(problem)
     launch = plan.gather_launch(
         gather,
