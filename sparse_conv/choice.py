@@ -103,7 +103,7 @@ def choose(
         return Choice("generic", _UNCOUNTED, expected)
     possible = [one for one in expected if one.microseconds is not None]
     if measured is None:
-        best = min(possible, key=cautious)
+        best = min(possible, key=_cautious)
         reason = f"the shortest time predicted, dense favoured by {MARGIN:g}"
     else:
         best = min(possible, key=lambda one: one.microseconds)
@@ -111,7 +111,7 @@ def choose(
     return Choice(best.algorithm, reason, expected)
 
 
-def cautious(estimate: Estimate) -> float:
+def _cautious(estimate: Estimate) -> float:
     """The predicted microseconds, with what TensorFlow's convolution is favoured by."""
     if estimate.algorithm == "dense":
         return estimate.microseconds / MARGIN
