@@ -6,6 +6,10 @@
 // generated (see baked_code.cuh); this text is what surrounds them: it brings tiles of the
 // input into shared memory, a chunk of channels ahead of the computation, and stores.
 //
+// A block stays and takes one tile after the other, so that the next tile is on its way
+// and the last outputs are on theirs while it computes. One warp more than compute finds
+// out where the next tile lies.
+//
 // The idea of weights as operands of straight-line code is SparseRT's (Z. Wang,
 // https://arxiv.org/abs/2008.11849).
 
@@ -14,8 +18,6 @@
 // registers.
 #define MANY_CHUNKS 0
 #endif
-// A single chunk is loaded before there are sums, when registers abound.
-#define LOADS (MANY_CHUNKS ? 3 : 5)
 
 #include "prelude.cuh"
 #include "gather.cuh"
@@ -27,6 +29,7 @@
 #ifndef OUTPUTS
 #define OUTPUTS 2
 #endif
+// Warps that compute.
 #ifndef WARPS
 #define WARPS 4
 #endif
@@ -34,9 +37,9 @@
 #ifndef RESIDENT
 #define RESIDENT 1
 #endif
-// Whether VECTOR channels are copied at once; for float32 and float64 only.
-#ifndef COPY_VECTORS
-#define COPY_VECTORS 0
+// Whether VECTOR channels are loaded at once.
+#ifndef LOAD_VECTORS
+#define LOAD_VECTORS 0
 #endif
 #ifndef CHANNELS_LAST
 #define CHANNELS_LAST 1
@@ -44,6 +47,12 @@
 
 // Numbers of a vector load from shared memory.
 #define VECTOR SLOTS
+// Numbers that are loaded at once.
+#define UNIT (LOAD_VECTORS ? VECTOR : 1)
+// Whether numbers are stored as they are accumulated, so that they can be copied.
+#define COPIES (DTYPE == FLOAT32 || DTYPE == FLOAT64)
+// Loads that are in flight together. Copies need no registers, but their addresses do.
+#define UNROLLED (COPIES ? 2 : 4)
 
 #ifdef CUDA_EMULATION
 
@@ -111,154 +120,183 @@ struct Arguments {
     int row_pitch;
     int column_pitch;
     int channel_pitch;
-    Divisor by_extent_h;
-    Divisor by_extent_w;
-    Divisor by_stride_w;
-    // Over a chunk's channels or, if they are copied in vectors, over its vectors.
-    Divisor by_channels;
+    // How the threads share the loading: so many load the same row, and so many of them
+    // channels of the same column, UNIT each.
+    Divisor by_row_threads;
+    Divisor by_column_threads;
+    int rows_at_once;
+    int columns_at_once;
     // The first phases' origins, for when `origins` is null.
     int origin_h;
     int origin_w;
     int activation;
     int chunk;
     int chunks;
-    // From one buffer to the next, in bytes; there are two if chunks are several.
+    // From one buffer to the next, in bytes; zero if there is but one.
     int buffer;
+    // Where outputs are staged, behind the buffers.
+    int stage;
     // Whether QUAD channels are stored at once.
     int store_quads;
     // The first of the parts that this function has the code of: a part is OUTPUTS
     // channels of one group for one pair of row sets.
     int first_part;
-    // Parts of one group.
-    int group_parts;
+    // Over the tiles of a part, the parts of a pair of row sets, and those of a group.
+    Divisor by_tiles;
+    Divisor by_set_parts;
+    Divisor by_group_parts;
+    Divisor by_sets_w;
+    // Tiles of all parts of this function.
+    int items;
     Steps steps;
 };
 
-// Channels that a warp stages at once, and the accumulators from a pixel to the next.
+// Channels that a warp stages at once, and the accumulators from a pixel to the next. An
+// odd number of 16 bytes spreads neighbouring lanes over all banks.
 #define STAGED 32
-#define STAGE_PITCH (CHANNELS_LAST ? STAGED + 4 : STAGED + 1)
+#define PADDING (CHANNELS_LAST ? 16 / static_cast<int>(sizeof(Accumulator)) : 1)
+#define STAGE_PITCH (STAGED + PADDING)
 
-// Where a block's part of the work lies.
+// Which outputs an item computes.
 struct alignas(16) Part {
     int set_h;
     int set_w;
     int first_input;
     int first_output;
     int outputs;
+    // The first of its pieces of code.
+    int piece;
 };
 
-__device__ __forceinline__ Part find_part(const Arguments& a, int number) {
-    const Geometry& geometry = a.geometry;
-    const int set = number / (a.group_parts * (geometry.out_channels / geometry.group_out));
-    const int part_in_set = number - set * a.group_parts *
-                                         (geometry.out_channels / geometry.group_out);
-    const int group = part_in_set / a.group_parts;
-    const int first = (part_in_set - group * a.group_parts) * OUTPUTS;
+// What a block's threads share about one item: a tile of one part. It lies in shared
+// memory, from where it is read again when it is needed: the sums take nearly all
+// registers.
+struct Item {
+    Window input;
+    Window output;
     Part part;
-    part.set_h = set / geometry.w.row_sets;
-    part.set_w = set % geometry.w.row_sets;
+};
+
+// Of the item that is computed, the one that is loaded, and the one after it.
+#define ITEMS 3
+
+// The plan reserves so much in front of the tiles.
+static_assert(sizeof(Item) == 96, "ITEM_BYTES in baked.py must be changed, too");
+
+__device__ __forceinline__ Part find_part(const Arguments& a, int local_number) {
+    const Geometry& geometry = a.geometry;
+    int set_h = a.first_part + local_number;
+    int group = divide_on(set_h, a.by_set_parts);
+    const int set_w = divide_on(set_h, a.by_sets_w);
+    const int first = divide_on(group, a.by_group_parts) * OUTPUTS;
+    Part part;
+    part.set_h = set_h;
+    part.set_w = set_w;
     part.first_input = group * geometry.group_in;
     part.first_output = group * geometry.group_out + first;
     part.outputs = min(OUTPUTS, geometry.group_out - first);
+    part.piece = local_number * a.chunks;
     return part;
 }
 
-// Starts to bring one lattice position's vector of channels into the tile.
-__device__ __forceinline__ void load_vectors(
-    const Arguments& a, const Window& window, Accumulator* tile, int first_channel,
-    int channels) {
-    const int vectors = a.by_channels.divisor;
-    const int units = a.extent_h * a.extent_w * vectors;
-    // Not unrolled: copies in flight need no registers, but their addresses do.
-#pragma unroll 1
-    for (int unit = threadIdx.x; unit < units; unit += WARPS * WARP) {
-        const int position = divide(unit, a.by_channels);
-        const int channel = (unit - position * vectors) * VECTOR;
-        if (channel >= channels) continue;
-        const int y = divide(position, a.by_extent_w);
-        const int x = position - y * a.extent_w;
-        const int quotient = divide(x, a.by_stride_w);
-        const int column = (x - quotient * a.by_stride_w.divisor) * a.columns + quotient;
-        Accumulator* target =
-            tile + y * a.row_pitch + column * a.column_pitch + channel * a.channel_pitch;
-        if (contains(window, y, x)) {
-            copy_async(target, window.origin + widening(y, a.steps.read_row) +
-                                   widening(x, a.steps.read_column) + first_channel + channel);
-        } else {
-            const Accumulator zeros[VECTOR] = {};
-            *reinterpret_cast<Pack*>(target) = make_pack(zeros);
+// Items that run the same code are neighbours.
+__device__ __forceinline__ void find_item(const Arguments& a, unsigned number, Item& item) {
+    int local_part = static_cast<int>(number);
+    const int tile = divide_on(local_part, a.by_tiles);
+    const Part part = find_part(a, local_part);
+    item.part = part;
+    item.input = empty_window();
+    item.output = empty_window();
+    Subtile subtile;
+    if (find_subtile(tile, part.set_h, part.set_w, a.geometry, a.tiling, subtile)) {
+        // Usually there is but one phase, whose origins need no memory.
+        int origin_h = a.origin_h;
+        int origin_w = a.origin_w;
+        if (a.origins) {
+            origin_h = __ldg(a.origins + subtile.phase_h);
+            origin_w = __ldg(a.origins + a.geometry.h.visited + subtile.phase_w);
         }
+        item.input = input_window(a.read, subtile, part.first_input, a.geometry,
+                                  a.extent_h, a.extent_w, origin_h, origin_w);
+        item.output = output_window(a.write, subtile, a.geometry, a.tiling);
     }
 }
 
-// As `load_vectors`, number by number, for every layout and dtype.
-__device__ __forceinline__ void load_numbers(
-    const Arguments& a, const Window& window, Accumulator* tile, int first_channel,
-    int channels) {
-    const int area = a.extent_h * a.extent_w;
-    const int units = area * (CHANNELS_LAST ? a.by_channels.divisor : channels);
-    for (int first = threadIdx.x; first < units; first += LOADS * WARPS * WARP) {
-        Accumulator numbers[LOADS];
-        int target[LOADS];
-#pragma unroll
-        for (int u = 0; u < LOADS; ++u) {
-            const int unit = first + u * WARPS * WARP;
-            int y;
-            int x;
-            int channel;
-            if (CHANNELS_LAST) {
-                const int position = divide(unit, a.by_channels);
-                channel = unit - position * a.by_channels.divisor;
-                y = divide(position, a.by_extent_w);
-                x = position - y * a.extent_w;
-            } else {
-                const int line = divide(unit, a.by_extent_w);
-                x = unit - line * a.extent_w;
-                channel = divide(line, a.by_extent_h);
-                y = line - channel * a.extent_h;
-            }
-            const int quotient = divide(x, a.by_stride_w);
-            const int column =
-                (x - quotient * a.by_stride_w.divisor) * a.columns + quotient;
-            const bool wanted = unit < units && channel < channels;
-            target[u] = wanted ? y * a.row_pitch + column * a.column_pitch +
-                                     channel * a.channel_pitch
-                               : -1;
-            numbers[u] = 0;
-            if (wanted & contains(window, y, x)) {
-                numbers[u] = to_accumulator(__ldg(
-                    window.origin + widening(y, a.steps.read_row) +
-                    widening(x, a.steps.read_column) +
-                    widening(first_channel + channel, a.steps.read_channel)));
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < LOADS; ++u) {
-            if (target[u] >= 0) tile[target[u]] = numbers[u];
-        }
-    }
-}
-
-__device__ __forceinline__ void load_chunk(
-    const Arguments& a, const Window& window, char* tiles, int chunk) {
-    if (chunk >= a.chunks) return;
-    Accumulator* tile = reinterpret_cast<Accumulator*>(tiles + (chunk & 1) * a.buffer);
-    const int first_channel = chunk * a.chunk;
-    const int channels = min(a.chunk, a.geometry.group_in - first_channel);
-#if COPY_VECTORS
-    load_vectors(a, window, tile, first_channel, channels);
+// Brings UNIT numbers into the tile; zeros where there are none. Numbers that need no
+// conversion do not pass through registers.
+__device__ __forceinline__ void load(
+    Accumulator* target, const Storage* source, bool exists) {
+#if COPIES
+    copy_async<sizeof(Accumulator) * UNIT>(target, source, exists);
+#elif LOAD_VECTORS
+    // Two numbers of 16 bits in a word.
+    const uint2 none = {};
+    const uint2 words = exists ? __ldg(reinterpret_cast<const uint2*>(source)) : none;
+    const Accumulator numbers[VECTOR] = {
+        to_accumulator(static_cast<Storage>(words.x & 0xffff)),
+        to_accumulator(static_cast<Storage>(words.x >> 16)),
+        to_accumulator(static_cast<Storage>(words.y & 0xffff)),
+        to_accumulator(static_cast<Storage>(words.y >> 16))};
+    *reinterpret_cast<Pack*>(target) = make_pack(numbers);
 #else
-    load_numbers(a, window, tile, first_channel, channels);
+    *target = exists ? to_accumulator(__ldg(source)) : Accumulator(0);
 #endif
 }
 
-// Where the thread's pixel lies in `write`; negative if there is none.
-__device__ __forceinline__ long long find_offset(const Arguments& a, const Window& output) {
+// Starts to bring a chunk of channels of what an item reads into a tile.
+__device__ __forceinline__ void load_tile(
+    const Arguments& a, const Window& window, char* buffer, int first_channel) {
+    Accumulator* tile = reinterpret_cast<Accumulator*>(buffer);
+    const int row = divide(threadIdx.x, a.by_row_threads);
+    const int in_row = threadIdx.x - row * a.by_row_threads.divisor;
+    const int column = divide(in_row, a.by_column_threads);
+    const int in_column = in_row - column * a.by_column_threads.divisor;
+    // The threads of the last, incomplete row have nothing to load.
+    const int channels =
+        row < a.rows_at_once ? min(a.chunk, a.geometry.group_in - first_channel) : 0;
+    const int stride = a.geometry.w.stride;
+    const Storage* origin =
+        window.origin + widening(first_channel, a.steps.read_channel);
+    const int source_step = a.rows_at_once * a.steps.read_row;
+    const int target_step = a.rows_at_once * a.row_pitch;
+#pragma unroll 1
+    for (int channel = in_column * UNIT; channel < channels;
+         channel += a.by_column_threads.divisor * UNIT) {
+#pragma unroll 1
+        for (int quotient = column; quotient < a.columns; quotient += a.columns_at_once) {
+#pragma unroll 1
+            for (int remainder = 0; remainder < stride; ++remainder) {
+                const int x = quotient * stride + remainder;
+                const bool column_exists = static_cast<unsigned>(x - window.x_begin) <
+                                           static_cast<unsigned>(window.x_count);
+                int source = channel * a.steps.read_channel + x * a.steps.read_column +
+                             row * a.steps.read_row;
+                Accumulator* target =
+                    tile + channel * a.channel_pitch + row * a.row_pitch +
+                    (remainder * a.columns + quotient) * a.column_pitch;
+                // Neighbouring rows are loaded one after the other.
+#pragma unroll UNROLLED
+                for (int y = row; y < a.extent_h; y += a.rows_at_once) {
+                    const bool exists =
+                        column_exists & (static_cast<unsigned>(y - window.y_begin) <
+                                         static_cast<unsigned>(window.y_count));
+                    load(target, origin + source, exists);
+                    source += source_step;
+                    target += target_step;
+                }
+            }
+        }
+    }
+    commit_copies();
+}
+
+// Where the thread's pixel lies, from the item's first on; negative if there is none.
+__device__ __forceinline__ int find_offset(const Arguments& a, const Window& output) {
     const int y = divide(threadIdx.x, a.tiling.by_tile_w);
     const int x = threadIdx.x - y * a.tiling.tile_w;
     // What exists of the tile ends where the tile does, at the latest.
     if (!contains(output, y, x)) return -1;
-    return output.offset + widening(y, a.steps.write_row) + widening(x, a.steps.write_column);
+    return y * a.steps.write_row + x * a.steps.write_column;
 }
 
 // The sums begin with the bias: at the end there would be no registers to load it into.
@@ -282,18 +320,17 @@ __device__ __forceinline__ void activate_staged(
     for (int c = 0; c < channels; ++c) stage[c] = activate(stage[c], a.activation);
 }
 
-// Stores `channels` staged channels of the warp's pixels. `offset` is where the lane's
-// own pixel lies in `write`, or negative. Neighbouring lanes write neighbouring memory.
+// Stores `channels` staged channels of the warp's pixels, of which the first one's place
+// is `write`. `offset` is where the lane's own pixel lies from there on, or negative.
+// Neighbouring lanes write neighbouring memory.
 __device__ __forceinline__ void store_staged(
-    const Arguments& a, const Accumulator* stage, long long offset, int first_channel,
-    int channels) {
+    const Arguments& a, const Accumulator* stage, Storage* write, int offset, int channels) {
     const int lane = threadIdx.x % WARP;
-    Storage* write = a.write + widening(first_channel, a.steps.write_channel);
     if (!CHANNELS_LAST) {
         if (offset < 0) return;
 #pragma unroll 4
         for (int c = 0; c < channels; ++c) {
-            write[offset + widening(c, a.steps.write_channel)] =
+            write[offset + c * a.steps.write_channel] =
                 to_storage(stage[lane * STAGE_PITCH + c]);
         }
         return;
@@ -301,7 +338,7 @@ __device__ __forceinline__ void store_staged(
     if (!a.store_quads) {
 #pragma unroll 4
         for (int pixel = 0; pixel < WARP; ++pixel) {
-            const long long place = __shfl_sync(FULL_MASK, offset, pixel);
+            const int place = __shfl_sync(FULL_MASK, offset, pixel);
             if (lane < channels && place >= 0) {
                 write[place + lane] = to_storage(stage[pixel * STAGE_PITCH + lane]);
             }
@@ -309,22 +346,38 @@ __device__ __forceinline__ void store_staged(
         return;
     }
     const int channel = lane % (STAGED / QUAD) * QUAD;
-#pragma unroll 4
+    write += channel;
+#pragma unroll
     for (int first = 0; first < WARP; first += WARP / (STAGED / QUAD)) {
         const int pixel = first + lane / (STAGED / QUAD);
-        const long long place = __shfl_sync(FULL_MASK, offset, pixel);
+        const int place = __shfl_sync(FULL_MASK, offset, pixel);
         const AccumulatorQuad sums =
             *reinterpret_cast<const AccumulatorQuad*>(stage + pixel * STAGE_PITCH + channel);
-        if (channel < channels && place >= 0) {
-            store_quad(write + place + channel, sums.numbers);
+        if (channel < channels && place >= 0) store_quad(write + place, sums.numbers);
+    }
+}
+
+// Stages sums in the order of their channels, QUAD at a time.
+__device__ __forceinline__ void stage_quads(
+    Accumulator* own, const Accumulator (&sums)[OUTPUTS], int first) {
+#pragma unroll
+    for (int c = 0; c < STAGED; c += QUAD) {
+        AccumulatorQuad quad = {};
+#pragma unroll
+        for (int i = 0; i < QUAD; ++i) {
+            if (first + c + i < OUTPUTS) quad.numbers[i] = sums[first + c + i];
         }
+        if (first + c < OUTPUTS) *reinterpret_cast<AccumulatorQuad*>(own + c) = quad;
     }
 }
 
 // Finishes the sums and stores them, STAGED channels at a time.
 __device__ __forceinline__ void store(
-    const Arguments& a, Accumulator* stage, long long offset, const Part& part,
+    const Arguments& a, Accumulator* stage, const Item& item,
     Accumulator (&sums)[OUTPUTS]) {
+    const int offset = find_offset(a, item.output);
+    Storage* write = a.write + item.output.offset +
+                     widening(item.part.first_output, a.steps.write_channel);
     if (a.activation == RELU) {
 #pragma unroll
         for (int k = 0; k < OUTPUTS; ++k) sums[k] = activate(sums[k], RELU);
@@ -333,59 +386,19 @@ __device__ __forceinline__ void store(
 #pragma unroll
     for (int first = 0; first < OUTPUTS; first += STAGED) {
         if (first) __syncwarp();
-#pragma unroll
-        for (int c = 0; c < STAGED; c += QUAD) {
 #if CHANNELS_LAST
-            AccumulatorQuad quad = {};
-#pragma unroll
-            for (int i = 0; i < QUAD; ++i) {
-                if (first + c + i < OUTPUTS) quad.numbers[i] = sums[first + c + i];
-            }
-            if (first + c < OUTPUTS) *reinterpret_cast<AccumulatorQuad*>(own + c) = quad;
+        stage_quads(own, sums, first);
 #else
 #pragma unroll
-            for (int i = c; i < c + QUAD; ++i) {
-                if (first + i < OUTPUTS) own[i] = sums[first + i];
-            }
-#endif
+        for (int k = first; k < first + STAGED; ++k) {
+            if (k < OUTPUTS) own[k - first] = sums[k];
         }
-        const int channels = min(STAGED, part.outputs - first);
+#endif
+        const int channels = min(STAGED, item.part.outputs - first);
         if (a.activation > RELU) activate_staged(a, own, channels);
         __syncwarp();
-        store_staged(a, stage, offset, part.first_output + first, channels);
-    }
-}
-
-// What a block's threads share. It lies in shared memory, from where it is read again
-// when it is needed: the sums take nearly all registers.
-struct Shared {
-    Window input;
-    Window output;
-    Part part;
-};
-
-// The plan reserves so much in front of the tiles.
-static_assert(sizeof(Shared) == 96, "SHARED_BYTES in baked.py must be changed, too");
-
-__device__ __forceinline__ void find_work(const Arguments& a, Shared& shared) {
-    const int local_part = blockIdx.x / a.tiling.subtiles;
-    const Part part = find_part(a, a.first_part + local_part);
-    shared.part = part;
-    shared.input = empty_window();
-    shared.output = empty_window();
-    Subtile subtile;
-    if (find_subtile(blockIdx.x - local_part * a.tiling.subtiles, part.set_h, part.set_w,
-                     a.geometry, a.tiling, subtile)) {
-        // Usually there is but one phase, whose origins need no memory.
-        int origin_h = a.origin_h;
-        int origin_w = a.origin_w;
-        if (a.origins) {
-            origin_h = __ldg(a.origins + subtile.phase_h);
-            origin_w = __ldg(a.origins + a.geometry.h.visited + subtile.phase_w);
-        }
-        shared.input = input_window(a.read, subtile, part.first_input, a.geometry,
-                                    a.extent_h, a.extent_w, origin_h, origin_w);
-        shared.output = output_window(a.write, subtile, a.geometry, a.tiling);
+        store_staged(a, stage, write + widening(first, a.steps.write_channel), offset,
+                     channels);
     }
 }
 
@@ -399,33 +412,76 @@ __device__ __forceinline__ int find_place(const Arguments& a) {
            static_cast<int>(sizeof(Accumulator));
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS* WARP, RESIDENT)
+// Where those who compute and the scout meet, each at a place of their own: a barrier that
+// counts the block's threads, wherever they come from.
+__device__ __forceinline__ void meet() {
+#ifdef CUDA_EMULATION
+    __syncthreads();
+#else
+    asm volatile("bar.sync 1, %0;" ::"n"((WARPS + 1) * WARP) : "memory");
+#endif
+}
+
+// The items that a block computes: this one, and every gridDim.x-th from it on.
+#define FOR_ITEMS(number) \
+    for (unsigned number = blockIdx.x; number < a.items; number += gridDim.x)
+
+// What the last warp does: it finds the next item while the others compute.
+__device__ __forceinline__ void scout(const Arguments& a, Item* items) {
+    int turn = 0;
+    FOR_ITEMS(number) {
+        // In the place of an item that all have left: they have come to the last one.
+        turn = turn == ITEMS - 1 ? 0 : turn + 1;
+        if (threadIdx.x % WARP == 0 && number + gridDim.x < a.items) {
+            find_item(a, number + gridDim.x, items[turn]);
+        }
+        __syncwarp();
+        for (int chunk = 0; chunk < (MANY_CHUNKS ? a.chunks : 1); ++chunk) {
+            meet();
+            if (!a.buffer) meet();
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
     conv2d_baked(const Arguments a) {
     SHARED_MEMORY(memory);
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
-    char* tiles = memory + sizeof(Shared);
-    if (threadIdx.x == 0) find_work(a, shared);
-    __syncthreads();
-
-    // Blocks that run the same code are neighbours.
-    const int first_piece = blockIdx.x / a.tiling.subtiles * a.chunks;
+    Item* items = reinterpret_cast<Item*>(memory);
+    char* tiles = memory + ITEMS * sizeof(Item);
+    if (threadIdx.x == WARPS * WARP) find_item(a, blockIdx.x, items[0]);
     const char* place = tiles + find_place(a);
-    load_chunk(a, shared.input, tiles, 0);
-    commit_copies();
-    Accumulator sums[OUTPUTS];
-    begin_sums(a, shared.part, sums);
-    for (int chunk = 0; chunk < (MANY_CHUNKS ? a.chunks : 1); ++chunk) {
-        if (MANY_CHUNKS) {
-            load_chunk(a, shared.input, tiles, chunk + 1);
-            commit_copies();
-        }
-        wait_for_copies<MANY_CHUNKS>();
-        __syncthreads();
-        accumulate(first_piece + chunk, place + (chunk & 1) * a.buffer, sums);
-        // The next chunk but one comes where this one was, the outputs where tiles were.
-        __syncthreads();
+    __syncthreads();
+    if (threadIdx.x >= WARPS * WARP) {
+        scout(a, items);
+        return;
     }
-    const long long offset = find_offset(a, shared.output);
-    Accumulator* stage = reinterpret_cast<Accumulator*>(tiles);
-    store(a, stage + threadIdx.x / WARP * WARP * STAGE_PITCH, offset, shared.part, sums);
+
+    int buffer = 0;
+    int turn = 0;
+    load_tile(a, items[0].input, tiles, 0);
+    FOR_ITEMS(number) {
+        const Item& item = items[turn];
+        turn = turn == ITEMS - 1 ? 0 : turn + 1;
+        Accumulator sums[OUTPUTS];
+        for (int chunk = 0; chunk < (MANY_CHUNKS ? a.chunks : 1); ++chunk) {
+            wait_for_copies<0>();
+            meet();
+            const bool goes_on = MANY_CHUNKS && chunk + 1 < a.chunks;
+            const bool loads = goes_on || number + gridDim.x < a.items;
+            const Window& next = goes_on ? item.input : items[turn].input;
+            const int next_channel = goes_on ? (chunk + 1) * a.chunk : 0;
+            const int next_buffer = a.buffer - buffer;
+            // Nobody reads the other buffer any more.
+            if (loads && a.buffer) load_tile(a, next, tiles + next_buffer, next_channel);
+            if (chunk == 0) begin_sums(a, item.part, sums);
+            accumulate(item.part.piece + chunk, place + buffer, sums);
+            if (!a.buffer) {
+                meet();
+                if (loads) load_tile(a, next, tiles, next_channel);
+            }
+            buffer = next_buffer;
+        }
+        Accumulator* stage = reinterpret_cast<Accumulator*>(tiles + a.stage);
+        store(a, stage + threadIdx.x / WARP * WARP * STAGE_PITCH, item, sums);
+    }
 }

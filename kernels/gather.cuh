@@ -20,6 +20,8 @@ struct Axis {
     int step;
     int stride;
     int taps;
+    Divisor by_phases;
+    Divisor by_step;
 };
 
 // Distances between neighbours in memory, in elements.

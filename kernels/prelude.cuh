@@ -188,3 +188,11 @@ __device__ __forceinline__ int divide(int dividend, const Divisor& by) {
         static_cast<unsigned long long>(static_cast<unsigned>(dividend)) * by.magic;
     return static_cast<int>(product >> by.shift);
 }
+
+// The remainder; the quotient takes the dividend's place.
+__device__ __forceinline__ int divide_on(int& dividend, const Divisor& by) {
+    const int quotient = divide(dividend, by);
+    const int remainder = dividend - quotient * by.divisor;
+    dividend = quotient;
+    return remainder;
+}

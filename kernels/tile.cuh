@@ -55,33 +55,25 @@ __device__ __forceinline__ long long widening(int a, int b) {
 struct Tiling {
     int tile_h;
     int tile_w;
-    int tiles_h;
-    int tiles_w;
-    // Phases of one row set, at most.
-    int set_phases_h;
-    int set_phases_w;
+    Divisor by_tiles_h;
+    Divisor by_tiles_w;
+    // Over the phases of one row set, at most.
+    Divisor by_set_phases_h;
+    Divisor by_set_phases_w;
     // Subtiles of one pair of row sets.
     int subtiles;
     Divisor by_tile_w;
 };
 
-// A division that is rarely needed and then mostly short: 64-bit ones take 100 clocks.
-__device__ __forceinline__ long long quotient(long long dividend, int divisor) {
-    if (divisor == 1) return dividend;
-    if (dividend < 0x80000000LL) {
-        return static_cast<unsigned>(dividend) / static_cast<unsigned>(divisor);
-    }
-    return dividend / divisor;
-}
-
-// The coordinates t in [0, extent) with 0 <= origin + step * t < size.
+// The coordinates t in [0, extent) with 0 <= origin + step * t < size. The plan sees to
+// it that none of these numbers needs more than 31 bits.
 __device__ __forceinline__ void existing(
-    long long origin, int step, int size, int extent, int& begin, int& count) {
-    long long first = origin < 0 ? quotient(step - 1 - origin, step) : 0;
-    long long last = origin < size ? quotient(size - 1 - origin, step) + 1 : 0;
+    int origin, const Divisor& by_step, int size, int extent, int& begin, int& count) {
+    const int first = origin < 0 ? divide(by_step.divisor - 1 - origin, by_step) : 0;
+    int last = origin < size ? divide(size - 1 - origin, by_step) + 1 : 0;
     if (last > extent) last = extent;
-    begin = static_cast<int>(first < last ? first : 0);
-    count = static_cast<int>(first < last ? last - first : 0);
+    begin = first < last ? first : 0;
+    count = first < last ? last - first : 0;
 }
 
 // Finds subtile number `number` of a pair of row sets; false if there is none.
@@ -89,14 +81,13 @@ __device__ __forceinline__ bool find_subtile(
     int number, int set_h, int set_w, const Geometry& geometry, const Tiling& tiling,
     Subtile& found) {
     if (number >= tiling.subtiles) return false;
-    found.i_w = number % tiling.tiles_w * tiling.tile_w;
-    number /= tiling.tiles_w;
-    found.i_h = number % tiling.tiles_h * tiling.tile_h;
-    number /= tiling.tiles_h;
-    found.phase_w = number % tiling.set_phases_w * geometry.w.row_sets + set_w;
-    number /= tiling.set_phases_w;
-    found.phase_h = number % tiling.set_phases_h * geometry.h.row_sets + set_h;
-    found.image = number / tiling.set_phases_h;
+    found.i_w = divide_on(number, tiling.by_tiles_w) * tiling.tile_w;
+    found.i_h = divide_on(number, tiling.by_tiles_h) * tiling.tile_h;
+    found.phase_w =
+        divide_on(number, tiling.by_set_phases_w) * geometry.w.row_sets + set_w;
+    found.phase_h =
+        divide_on(number, tiling.by_set_phases_h) * geometry.h.row_sets + set_h;
+    found.image = number;
     return found.phase_h < geometry.h.visited && found.phase_w < geometry.w.visited;
 }
 
@@ -110,12 +101,12 @@ __device__ __forceinline__ Window empty_window() {
 __device__ __forceinline__ Window input_window(
     const Storage* read, const Subtile& subtile, int channel, const Geometry& geometry,
     int extent_h, int extent_w, int origin_h, int origin_w) {
-    const long long y = read_origin(origin_h, geometry.h, subtile.i_h);
-    const long long x = read_origin(origin_w, geometry.w, subtile.i_w);
+    const int y = origin_h + geometry.h.step * geometry.h.stride * subtile.i_h;
+    const int x = origin_w + geometry.w.step * geometry.w.stride * subtile.i_w;
     Window window = empty_window();
-    existing(y, geometry.h.step, geometry.h.inputs, extent_h, window.y_begin,
+    existing(y, geometry.h.by_step, geometry.h.inputs, extent_h, window.y_begin,
              window.y_count);
-    existing(x, geometry.w.step, geometry.w.inputs, extent_w, window.x_begin,
+    existing(x, geometry.w.by_step, geometry.w.inputs, extent_w, window.x_begin,
              window.x_count);
     const Pitch& pitch = geometry.read;
     window.offset = subtile.image * pitch.image + y * pitch.row + x * pitch.column +
@@ -127,14 +118,12 @@ __device__ __forceinline__ Window input_window(
 // A subtile's own outputs, in `memory`.
 __device__ __forceinline__ Window output_window(
     const Storage* memory, const Subtile& subtile, const Geometry& geometry, const Tiling& tiling) {
-    const long long y =
-        subtile.phase_h + static_cast<long long>(geometry.h.phases) * subtile.i_h;
-    const long long x =
-        subtile.phase_w + static_cast<long long>(geometry.w.phases) * subtile.i_w;
+    const int y = subtile.phase_h + geometry.h.phases * subtile.i_h;
+    const int x = subtile.phase_w + geometry.w.phases * subtile.i_w;
     Window window = empty_window();
-    existing(y, geometry.h.phases, geometry.h.outputs, tiling.tile_h, window.y_begin,
+    existing(y, geometry.h.by_phases, geometry.h.outputs, tiling.tile_h, window.y_begin,
              window.y_count);
-    existing(x, geometry.w.phases, geometry.w.outputs, tiling.tile_w, window.x_begin,
+    existing(x, geometry.w.by_phases, geometry.w.outputs, tiling.tile_w, window.x_begin,
              window.x_count);
     const Pitch& pitch = geometry.write;
     window.offset = subtile.image * pitch.image + y * pitch.row + x * pitch.column;

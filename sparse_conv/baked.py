@@ -27,15 +27,18 @@ from sparse_conv.launch import (
 from sparse_conv.pattern import Rows
 from sparse_conv.tiling import (
     PACKS,
+    QUAD,
     RESERVED_BYTES,
     DeviceLimits,
     Tiling,
+    is_near,
     make_tiling,
     memory_steps,
 )
 
-# Bytes of the struct Shared in conv2d_baked.cu.
-SHARED_BYTES = 96
+# Bytes of the struct Item in conv2d_baked.cu, and how many a block keeps.
+ITEM_BYTES = 96
+ITEMS = 3
 # Channels that a warp stages at a time; as in conv2d_baked.cu.
 STAGED = 32
 # Products of one function, at most, where it has several parts: the compiler's time
@@ -53,7 +56,7 @@ class BakedConfig:
 
     Attributes:
         outputs: Output channels of a thread, which has one pixel.
-        warps: Warps of a block.
+        warps: Warps of a block that compute; one more finds their work.
         resident: Blocks that share a multiprocessor; bounds a thread's registers.
         tile_h: Height of a tile in outputs of one phase.
         tile_w: Width of a tile.
@@ -73,8 +76,8 @@ class Tile:
     """The layout of a tile in shared memory; pitches in accumulators.
 
     Attributes:
-        vector: Channels that lie side by side, so that one load reads them all.
-        copies_vectors: Whether they lie so in global memory, too, in the same dtype.
+        vector: Channels that lie side by side, here and in global memory, so that one
+            load reads them all.
         nbytes: Size of a tile of all channels of a chunk.
     """
 
@@ -85,20 +88,56 @@ class Tile:
     column_pitch: int
     channel_pitch: int
     vector: int
-    copies_vectors: bool
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """How the threads of a block share the loading of a tile.
+
+    Attributes:
+        row_threads: Threads that load the same row.
+        column_threads: Threads that load the same column of it, other channels each.
+        rows: Rows that are loaded at once.
+        columns: Columns that are loaded at once.
+        turns: Loads of one thread.
+    """
+
+    row_threads: int
+    column_threads: int
+    rows: int
+    columns: int
+    turns: int
+
+
+@dataclass(frozen=True, slots=True)
 class BakedBlock:
-    """A configuration with all that follows from it."""
+    """A configuration with all that follows from it.
+
+    Attributes:
+        config: The configuration.
+        tile: The tiles in shared memory.
+        tiling: How the outputs are divided into tiles.
+        loading: How a tile is loaded.
+        chunks: Chunks of channels.
+        parts: Pieces of work that have code of their own, each for all tiles.
+        group_parts: Parts of one group.
+        most_blocks: Blocks that the GPU can hold at a time.
+        buffers: Tiles in shared memory: 2 if the next one is loaded meanwhile.
+        stage: Where outputs are staged, in bytes behind the items.
+        shared_mem_bytes: Shared memory of a block.
+    """
 
     config: BakedConfig
     tile: Tile
     tiling: Tiling
+    loading: Loading
     chunks: int
     parts: int
     group_parts: int
+    most_blocks: int
+    buffers: int
+    stage: int
     shared_mem_bytes: int
 
 
@@ -111,20 +150,81 @@ def make_baked_block(
     chunks = -(-(gather.in_channels // gather.groups) // config.chunk)
     group_parts = -(-(gather.out_channels // gather.groups) // config.outputs)
     parts = gather.h.row_sets * gather.w.row_sets * gather.groups * group_parts
-    staged = config.warps * WARP * _stage_pitch(gather) * PACKS[dtype][1]
-    shared = SHARED_BYTES + max(tile.nbytes * min(chunks, 2), staged)
-    needed = (shared + RESERVED_BYTES) * config.resident
-    if needed > device.shared_mem_bytes + RESERVED_BYTES:
+    items = parts * tiling.subtiles
+    most_blocks = config.resident * device.multiprocessors
+    staged = config.warps * WARP * _stage_pitch(gather, dtype) * PACKS[dtype][1]
+    room = device.shared_mem_bytes + RESERVED_BYTES
+    room = room // config.resident - RESERVED_BYTES - ITEMS * ITEM_BYTES - staged
+    # There is nothing to load ahead where a block has a single tile of all channels.
+    buffers = min(2 if chunks > 1 or items > most_blocks else 1, room // tile.nbytes)
+    if buffers < 1:
         return None
-    if parts * tiling.subtiles > GRID_LIMIT or max(memory_steps(gather)) > GRID_LIMIT:
+    stage = tile.nbytes * buffers
+    shared = ITEMS * ITEM_BYTES + stage + staged
+    if items > GRID_LIMIT or not is_near(gather):
+        return None
+    if _longest_step(gather, config, tile) > GRID_LIMIT:
         return None
     if config.tile_h * config.tile_w > config.warps * WARP:
         return None
-    return BakedBlock(config, tile, tiling, chunks, parts, group_parts, shared)
+    return BakedBlock(
+        config,
+        tile,
+        tiling,
+        _make_loading(gather, config, tile),
+        chunks,
+        parts,
+        group_parts,
+        most_blocks,
+        buffers,
+        stage,
+        shared,
+    )
 
 
-def _stage_pitch(gather: Gather) -> int:
-    return STAGED + (4 if gather.data_format == "NHWC" else 1)
+def _longest_step(gather: Gather, config: BakedConfig, tile: Tile) -> int:
+    """From a tile's first element to its last, at most: a thread has 32 bits for it."""
+    read_row, read_column, read_channel, write_row, write_column, write_channel = (
+        memory_steps(gather)
+    )
+    # Loops go one step further before they end.
+    return max(
+        (tile.extent_h + WARP * config.warps) * read_row
+        + tile.columns * gather.w.stride * read_column
+        + config.chunk * read_channel,
+        config.tile_h * write_row
+        + config.tile_w * write_column
+        + config.outputs * write_channel,
+    )
+
+
+def _make_loading(gather: Gather, config: BakedConfig, tile: Tile) -> Loading:
+    """The division among the threads that has the fewest loads in a row."""
+    threads = config.warps * WARP
+    # Neighbouring threads read neighbouring memory.
+    units = config.chunk // tile.vector if gather.data_format == "NHWC" else 1
+    column_threads = min(units, threads)
+    channel_turns = -(-config.chunk // (column_threads * tile.vector))
+    best = None
+    for column_turns in range(1, min(tile.columns, 8) + 1):
+        columns = -(-tile.columns // column_turns)
+        if columns * column_threads > threads:
+            columns = threads // column_threads
+        row_threads = columns * column_threads
+        rows = min(tile.extent_h, threads // row_threads)
+        turns = (
+            -(-tile.extent_h // rows)
+            * -(-tile.columns // columns)
+            * gather.w.stride
+            * channel_turns
+        )
+        if best is None or turns < best.turns:
+            best = Loading(row_threads, column_threads, rows, columns, turns)
+    return best
+
+
+def _stage_pitch(gather: Gather, dtype: str) -> int:
+    return STAGED + (16 // PACKS[dtype][1] if gather.data_format == "NHWC" else 1)
 
 
 def _make_tile(gather: Gather, dtype: str, config: BakedConfig) -> Tile:
@@ -152,7 +252,6 @@ def _make_tile(gather: Gather, dtype: str, config: BakedConfig) -> Tile:
         column_pitch,
         1 if channels_last else plane,
         vector,
-        vector > 1 and dtype in ("float32", "float64"),
         -(-numbers // slots) * slots * accumulator,
     )
 
@@ -352,11 +451,8 @@ def baked_launch(
         A launch with the pointers read (16-byte aligned), bias (optional), origins
         (null if `needs_origins` is false) and write (16-byte aligned).
     """
-    parts = function.parts
-    config, tile = block.config, block.tile
-    copied = config.chunk
-    if tile.copies_vectors:
-        copied //= tile.vector
+    config, tile, loading = block.config, block.tile, block.loading
+    items = len(function.parts) * block.tiling.subtiles
     words = (
         *geometry_words(gather),
         *block.tiling.words(),
@@ -366,27 +462,32 @@ def baked_launch(
         tile.row_pitch,
         tile.column_pitch,
         tile.channel_pitch,
-        *divisor_words(tile.extent_h),
-        *divisor_words(tile.extent_w),
-        *divisor_words(gather.w.stride),
-        *divisor_words(copied),
+        *divisor_words(loading.row_threads),
+        *divisor_words(loading.column_threads),
+        loading.rows,
+        loading.columns,
         # Otherwise they are in memory.
         0 if needs_origins(gather) else gather.h.origins[0],
         0 if needs_origins(gather) else gather.w.origins[0],
         activation,
         config.chunk,
         block.chunks,
-        tile.nbytes,
+        tile.nbytes if block.buffers > 1 else 0,
+        block.stage,
         int(_stores_quads(gather, config)),
-        parts.start,
-        block.group_parts,
+        function.parts.start,
+        *divisor_words(block.tiling.subtiles),
+        *divisor_words(gather.groups * block.group_parts),
+        *divisor_words(block.group_parts),
+        *divisor_words(gather.w.row_sets),
+        items,
         *memory_steps(gather),
     )
     return Launch(
         "conv2d_baked",
-        _defines(dtype, config, block.chunks > 1, tile, gather.data_format),
-        (len(parts) * block.tiling.subtiles, 1, 1),
-        (config.warps * WARP, 1, 1),
+        _defines(dtype, block, gather.data_format),
+        (min(items, block.most_blocks), 1, 1),
+        ((config.warps + 1) * WARP, 1, 1),
         block.shared_mem_bytes,
         _POINTERS,
         pack_words(geometry_longs(gather), words),
@@ -397,20 +498,21 @@ def baked_launch(
 def _stores_quads(gather: Gather, config: BakedConfig) -> bool:
     group_out = gather.out_channels // gather.groups
     return gather.data_format == "NHWC" and not (
-        gather.out_channels % 4 or group_out % 4 or config.outputs % 4
+        gather.out_channels % QUAD or group_out % QUAD or config.outputs % QUAD
     )
 
 
 @functools.lru_cache(maxsize=256)
 def _defines(
-    dtype: str, config: BakedConfig, many_chunks: bool, tile: Tile, data_format: str
+    dtype: str, block: BakedBlock, data_format: str
 ) -> tuple[tuple[str, str], ...]:
+    config = block.config
     return (
         ("DTYPE", dtype.upper()),
         ("OUTPUTS", str(config.outputs)),
         ("WARPS", str(config.warps)),
         ("RESIDENT", str(config.resident)),
-        ("MANY_CHUNKS", str(int(many_chunks))),
-        ("COPY_VECTORS", str(int(tile.copies_vectors))),
+        ("MANY_CHUNKS", str(int(block.chunks > 1))),
+        ("LOAD_VECTORS", str(int(block.tile.vector > 1))),
         ("CHANNELS_LAST", str(int(data_format == "NHWC"))),
     )

@@ -119,4 +119,6 @@ def _axis_words(axis: Axis) -> tuple[int, ...]:
         axis.step,
         axis.stride,
         axis.taps,
+        *divisor_words(axis.phases),
+        *divisor_words(axis.step),
     )

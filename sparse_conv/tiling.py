@@ -29,6 +29,8 @@ PACKS = {
     "int32": (4, 4),
 }
 PACK_BYTES = 16
+# Numbers that are stored together where they can be; as in prelude.cuh.
+QUAD = 4
 WINDOW_BYTES = 32
 # (POSITIONS, ROWS) that conv2d_gather.cu is compiled for.
 GATHER_VARIANTS = ((4, 4), (2, 8), (1, 8))
@@ -43,6 +45,13 @@ _LONG_CLOCKS = 80_000
 STAGED = 2 * WARP
 # Shared memory that a block takes beside what it asks for.
 RESERVED_BYTES = 1024
+# More than any tile's height or width.
+_LONGEST_TILE = 1024
+
+
+def stored_bytes(dtype: str) -> int:
+    """Size of a number in global memory."""
+    return 2 if dtype in ("float16", "bfloat16") else PACKS[dtype][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +154,10 @@ class Tiling:
         return (
             self.tile_h,
             self.tile_w,
-            self.tiles_h,
-            self.tiles_w,
-            self.set_phases_h,
-            self.set_phases_w,
+            *divisor_words(self.tiles_h),
+            *divisor_words(self.tiles_w),
+            *divisor_words(self.set_phases_h),
+            *divisor_words(self.set_phases_w),
             self.subtiles,
             *divisor_words(self.tile_w),
         )
@@ -234,7 +243,7 @@ def stores_quads(gather: Gather, config: TileConfig) -> bool:
         gather.data_format == "NHWC"
         and config.rows == 4
         and not any(
-            channels % 4
+            channels % QUAD
             for channels in (
                 config.warp_rows,
                 gather.out_channels,
@@ -250,6 +259,24 @@ def stage_pitch(block_rows: int, quads: bool) -> int:
     An odd number, or an odd number of quads: then no two lanes meet in a bank.
     """
     return (block_rows // 4 | 1) * 4 if quads else block_rows | 1
+
+
+@functools.lru_cache(maxsize=1024)
+def is_near(gather: Gather) -> bool:
+    """Whether 31 bits are enough for all that tiles compute: steps and coordinates."""
+    return (
+        max(memory_steps(gather)) <= GRID_LIMIT
+        and _reach(gather.h) <= GRID_LIMIT
+        and _reach(gather.w) <= GRID_LIMIT
+    )
+
+
+def _reach(axis: Axis) -> int:
+    """More than any coordinate, and any distance between two, along an axis."""
+    tiled = phase_outputs(axis) + _LONGEST_TILE
+    first = max((abs(origin) for origin in axis.origins), default=0)
+    read = axis.inputs + first + axis.step * (axis.stride * tiled + 1)
+    return max(read, axis.outputs + axis.phases * (tiled + 1))
 
 
 def memory_steps(gather: Gather) -> tuple[int, ...]:
@@ -328,7 +355,7 @@ def make_block(
         return None
     if tiling.subtiles + slots > GRID_LIMIT:
         return None
-    if max(memory_steps(gather)) > GRID_LIMIT:
+    if not is_near(gather):
         return None
     return Block(
         config,
@@ -574,7 +601,7 @@ def make_wgrad_block(
         return None
     if tiling.subtiles + slots > GRID_LIMIT:
         return None
-    if max(memory_steps(gather)) > GRID_LIMIT:
+    if not is_near(gather):
         return None
     return WgradBlock(
         config, lattice, outputs, tiling, shared, row_groups, subtile_groups, splits

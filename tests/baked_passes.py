@@ -16,7 +16,8 @@ from sparse_conv.baked import BakedBlock, BakedConfig
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Rows
 from sparse_conv.problem import Problem
-from tests.emulated_passes import LARGE_GPU, Call, run_calls
+from sparse_conv.tiling import DeviceLimits
+from tests.emulated_passes import LARGE_GPU, LITTLE_GPU, Call, run_calls
 from tests.problems import DTYPES, Data
 
 
@@ -27,6 +28,13 @@ def fitted(config: BakedConfig, gather: Gather) -> BakedConfig:
         outputs=min(config.outputs, gather.out_channels // gather.groups),
         chunk=min(config.chunk, gather.in_channels // gather.groups),
     )
+
+
+def tight_gpu(gather: Gather, dtype: str, config: BakedConfig) -> DeviceLimits:
+    """A GPU on which a block has no room for the next tile while it computes."""
+    block = baked.make_baked_block(gather, dtype, config, LITTLE_GPU)
+    assert block.buffers == 2
+    return dataclasses.replace(LITTLE_GPU, shared_mem_bytes=block.shared_mem_bytes - 1)
 
 
 def baked_calls(
@@ -71,11 +79,16 @@ def run_baked(calls: list[Call], text: str | None = None) -> np.ndarray:
 
 
 def baked_fprop_calls(
-    problem: Problem, data: Data, dtype: str, config: BakedConfig, **options: Any
+    problem: Problem,
+    data: Data,
+    dtype: str,
+    config: BakedConfig,
+    device: DeviceLimits = LARGE_GPU,
+    **options: Any,
 ) -> list[Call]:
     """The forward pass; `options` are `bias` and `activation`."""
     gather = fprop_gather(problem)
-    block = baked.make_baked_block(gather, dtype, fitted(config, gather), LARGE_GPU)
+    block = baked.make_baked_block(gather, dtype, fitted(config, gather), device)
     return baked_calls(
         gather, data.pattern.fprop_rows(), data.values, data.x, problem.output_shape,
         dtype, block, **options,
@@ -83,11 +96,15 @@ def baked_fprop_calls(
 
 
 def baked_dgrad_calls(
-    problem: Problem, data: Data, dtype: str, config: BakedConfig
+    problem: Problem,
+    data: Data,
+    dtype: str,
+    config: BakedConfig,
+    device: DeviceLimits = LARGE_GPU,
 ) -> list[Call]:
     """The input gradient."""
     gather = dgrad_gather(problem)
-    block = baked.make_baked_block(gather, dtype, fitted(config, gather), LARGE_GPU)
+    block = baked.make_baked_block(gather, dtype, fitted(config, gather), device)
     return baked_calls(
         gather, data.pattern.dgrad_rows(gather), data.values, data.dy,
         problem.input_shape, dtype, block,

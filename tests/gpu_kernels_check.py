@@ -36,7 +36,7 @@ from sparse_conv.problem import Geometry, Problem, make_problem
 from sparse_conv.tiling import make_block
 from tests.reference import conv2d_reference, dgrad_reference, wgrad_reference
 
-H200 = plan.DeviceLimits(multiprocessors=132, shared_mem_bytes=232448)
+H200 = plan.DeviceLimits(132, 232448)
 Arrays = Mapping[str, np.ndarray | None]
 # (launch, arrays, names of the outputs) -> outputs
 Runner = Callable[[Launch, Arrays, tuple[str, ...]], dict[str, np.ndarray]]
@@ -314,9 +314,12 @@ CONFIGS = [
     plan.TileConfig(1, 8, 2, 2, 4, 9, 14, 3),
     plan.TileConfig(2, 8, 2, 1, 2, 8, 16, 8, passes=3),
 ]
+# As if there were one multiprocessor, so that a block computes several tiles.
+LITTLE = dataclasses.replace(H200, multiprocessors=1)
 BAKED_CONFIGS = [
-    BakedConfig(64, 4, 2, 4, 28, 4),
-    BakedConfig(8, 2, 1, 4, 16, 2**20),
+    (BakedConfig(64, 4, 2, 4, 28, 4), LITTLE),
+    (BakedConfig(8, 2, 1, 4, 16, 2**20), LITTLE),
+    (BakedConfig(8, 2, 1, 4, 16, 2**20), H200),
 ]
 WGRAD_CONFIGS = [
     plan.WgradConfig(4, 2, 3, 8, 16, 3, 3),
@@ -381,16 +384,17 @@ def check_baked(run: Runner, case: Case) -> int:
     """Checks generated code; returns how many comparisons were made."""
     if case.dtype == "int32":
         return 0
-    return sum(run_baked(run, case, config) for config in BAKED_CONFIGS)
+    return sum(run_baked(run, case, config, gpu) for config, gpu in BAKED_CONFIGS)
 
 
 def device_limits() -> plan.DeviceLimits:
     """Those of GPU 0."""
     import cupy
 
-    attributes = cupy.cuda.Device(0).attributes
+    device = cupy.cuda.Device(0)
     return plan.DeviceLimits(
-        attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
+        device.attributes["MultiProcessorCount"],
+        device.attributes["MaxSharedMemoryPerBlockOptin"],
     )
 
 

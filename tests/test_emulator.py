@@ -328,7 +328,7 @@ def test_an_unknown_array_is_refused():
 COPY = """SHARED_MEMORY(memory);
 float* tile = (float*)memory;
 for (int batch = 0; batch < 2; ++batch) {
-    copy_async(tile + 4 * (64 * batch + t), read + 4 * (64 * batch + t));
+    copy_async<16>(tile + 4 * (64 * batch + t), read + 4 * (64 * batch + t), true);
     commit_copies();
 }
 %s
@@ -354,6 +354,6 @@ def test_a_copy_must_be_aligned_and_inside():
     memory = {"shared_mem_bytes": 2048}
     with pytest.raises(EmulationError, match="OUT OF BOUNDS"):
         run_toy(COPY % "", floats(511), 512, **memory)
-    odd = COPY.replace("copy_async(tile + 4", "copy_async(tile + 1 + 4")
+    odd = COPY.replace("(tile + 4", "(tile + 1 + 4")
     with pytest.raises(EmulationError, match="MISALIGNED"):
         run_toy(odd % "", floats(512), 512, **memory)

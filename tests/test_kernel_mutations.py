@@ -12,14 +12,22 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
 from sparse_conv import jit
 from sparse_conv.baked import BakedConfig
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.plan import Direct, TileConfig, WgradConfig
-from tests.baked_passes import baked_dgrad_calls, baked_fprop_calls, run_baked
+from tests.baked_passes import (
+    baked_dgrad_calls,
+    baked_fprop_calls,
+    fitted,
+    run_baked,
+    tight_gpu,
+)
 from tests.emulated_passes import (
+    LITTLE_GPU,
     Call,
     assert_rows,
     compress_call,
@@ -175,15 +183,23 @@ def check_baked(text: str) -> None:
     ):  # fmt: skip
         data = make_data(problem, "float32", 0.8, whole=True)
         bias = data.bias if problem is not NCHW else data.bias[:, None, None]
-        forward = baked_fprop_calls(problem, data, "float32", config, bias=data.bias)
-        backward = baked_dgrad_calls(problem, data, "float32", config)
-        for calls, exact in (
-            (forward, conv2d_reference(data.x, data.dense, problem) + bias),
-            (backward, dgrad_reference(data.dy, data.dense, problem)),
-        ):
-            (call,) = calls
-            own = SAMPLE.sub(lambda _, call=call: call.launch.code + "\n", text)
-            assert_exact(run_baked([call], own), exact, "baked")
+        gather = fprop_gather(problem)
+        tight = tight_gpu(gather, "float32", fitted(config, gather))
+        exact = conv2d_reference(data.x, data.dense, problem) + bias
+        for device in (LITTLE_GPU, tight):
+            (call,) = baked_fprop_calls(
+                problem, data, "float32", config, device, bias=data.bias
+            )
+            assert_exact(run_own([call], text), exact, "fprop")
+        calls = baked_dgrad_calls(problem, data, "float32", config, LITTLE_GPU)
+        exact = dgrad_reference(data.dy, data.dense, problem)
+        assert_exact(run_own(calls, text), exact, "dgrad")
+
+
+def run_own(calls: list[Call], text: str) -> np.ndarray:
+    """Runs a call with its own code in `text`."""
+    (call,) = calls
+    return run_baked(calls, SAMPLE.sub(lambda _: call.launch.code + "\n", text))
 
 
 CHECKS = {
@@ -241,15 +257,15 @@ MISTAKES = {
             "first = threadIdx.x; first + 1 < places",
         ),
         (r"extent_w, window\.x_begin", "extent_w - 1, window.x_begin"),
-        (r"quotient\(size - 1 - origin, step\)", "quotient(size - origin, step)"),
-        (r"quotient\(step - 1 - origin, step\)", "quotient(step - origin, step)"),
+        (r"divide\(size - 1 - origin,", "divide(size - origin,"),
+        (r"by_step\.divisor - 1 - origin", "by_step.divisor - origin"),
         (
             r"\(channel - first_channel\) \* lattice\.plane_pitch",
             "channel * lattice.plane_pitch",
         ),
         (r"tap_h \* lattice\.row_pitch \+", "tap_h * lattice.columns +"),
         (r"number >= tiling\.subtiles", "number > tiling.subtiles"),
-        (r"axis\.step\) \* axis\.stride \* i", "axis.step) * i"),
+        (r"step \* geometry\.h\.stride \* subtile", "step * subtile"),
     ],
     "conv2d_gather_direct": [
         (r"number < outputs; number", "number <= outputs; number"),
@@ -306,31 +322,39 @@ MISTAKES = {
     ],
     "conv2d_baked": [
         # Which outputs, which pixels.
-        (r"part_in_set - group \* a\.group_parts\)", "part_in_set)"),
+        (r"by_group_parts\) \* OUTPUTS", "by_group_parts)"),
         (r"group \* geometry\.group_in;", "group;"),
         (r"group \* geometry\.group_out \+ first", "first"),
-        (r"blockIdx\.x - local_part \* a\.tiling\.subtiles", "blockIdx.x"),
+        (r"find_subtile\(tile,", "find_subtile(static_cast<int>(number),"),
         (r"y \* a\.geometry\.h\.stride \* a\.row_pitch", "y * a.row_pitch"),
         (r"if \(!contains\(output, y, x\)\) return -1;", ""),
-        (r"a\.tiling\.subtiles \* a\.chunks", "a.tiling.subtiles"),
+        (r"local_number \* a\.chunks", "local_number"),
         (r"if \(k < part\.outputs\) sums", "sums"),
+        (r"number < a\.items; number", "number + gridDim.x < a.items; number"),
+        (r"turn = turn == ITEMS - 1 \? 0 : turn \+ 1;", "turn = 0;"),
         # Tiles: bounds, pitches, chunks.
-        (r"if \(contains\(window, y, x\)\)", "if (true)"),
-        (r"wanted & contains\(window, y, x\)", "wanted"),
-        (r"if \(channel >= channels\) continue;", ""),
-        (r"unit < units && channel < channels", "unit < units"),
-        (r"unit = threadIdx\.x; unit < units", "unit = threadIdx.x; unit + 1 < units"),
-        (r"\(chunk & 1\) \* a\.buffer", "0"),
-        (r"chunk \+ 1\)", "chunk)"),
-        (r"wait_for_copies<MANY_CHUNKS>\(\);", ""),
-        (r"wait_for_copies<MANY_CHUNKS>", "wait_for_copies<MANY_CHUNKS + 1>"),
-        (r"int first_channel = chunk \* a\.chunk", "int first_channel = 0"),
+        (r"column_exists &", ""),
+        (
+            r"column_exists & \(static_cast<unsigned>\(y - window\.y_begin\) <",
+            "column_exists & (static_cast<unsigned>(y - window.y_begin) <=",
+        ),
+        (r"UNIT; channel < channels", "UNIT; channel + UNIT < channels"),
+        (r"quotient < a\.columns;", "quotient + 1 < a.columns;"),
+        (r"remainder < stride;", "remainder + 1 < stride;"),
+        (r"y < a\.extent_h;", "y + 1 < a.extent_h;"),
+        (r"goes_on \? item\.input : items\[turn\]\.input", "item.input"),
+        (r"goes_on \? item\.input : items\[turn\]\.input", "items[turn].input"),
+        (r"goes_on \? \(chunk \+ 1\) \* a\.chunk : 0", "0"),
+        (r"next_buffer = a\.buffer - buffer", "next_buffer = 0"),
+        (r"wait_for_copies<0>\(\);", ""),
+        (r"wait_for_copies<0>", "wait_for_copies<1>"),
         # Stores.
         (r"lane < channels && place >= 0", "place >= 0"),
         (r"channel < channels && place >= 0", "place >= 0"),
         (r"if \(offset < 0\) return;", ""),
         (r"threadIdx\.x / WARP \* WARP \* STAGE_PITCH", "0"),
-        (r"part\.first_output \+ first, channels", "part.first_output, channels"),
+        (r"widening\(item\.part\.first_output, a\.steps\.write_channel\)", "0"),
+        (r"widening\(first, a\.steps\.write_channel\)", "0"),
     ],
 }
 MUTATIONS = [
@@ -345,8 +369,10 @@ HARMLESS = {
     ("conv2d_wgrad", "find_windows(a, shared, number"),
     # The shuffles that follow wait for all lanes, and read no memory.
     ("conv2d_wgrad_direct", "const Accumulator sum = sum_over_lanes"),
+    # The hardware wants the whole warp at the next barrier, the emulator does not.
+    ("conv2d_baked", "for (int chunk = 0; chunk < (MANY_CHUNKS"),
 }
-BARRIER = re.compile(r"__sync(threads|warp)\(\);")
+BARRIER = re.compile(r"(__sync(threads|warp)|\bmeet)\(\);")
 
 
 def barriers(function: str) -> list[tuple[str, int]]:

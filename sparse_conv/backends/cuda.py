@@ -357,8 +357,8 @@ def limits(place: Place) -> plan.DeviceLimits:
     """What a plan has to know of a GPU."""
     import cupy
 
-    attributes = cupy.cuda.Device(bridge.ordinal_of(place)).attributes
+    device = cupy.cuda.Device(bridge.ordinal_of(place))
     return plan.DeviceLimits(
-        multiprocessors=attributes["MultiProcessorCount"],
-        shared_mem_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+        multiprocessors=device.attributes["MultiProcessorCount"],
+        shared_mem_bytes=device.attributes["MaxSharedMemoryPerBlockOptin"],
     )

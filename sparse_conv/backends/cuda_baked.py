@@ -35,7 +35,7 @@ _SHAPES = 16
 # So often is code generated unasked in one process, because CuPy keeps all that it has
 # ever loaded.
 _KERNELS = 512
-# Vectors are copied 16 bytes at a time.
+# Vectors are loaded up to 16 bytes at a time.
 _ALIGNMENT = 16
 
 # A kernel's job waits for those of its functions, so they have threads of their own.
@@ -231,7 +231,7 @@ class BakedRun:
         code = self._code
         loaded = code.loaded(w, waits=self._waits)
         source = known_memory(read)
-        aligned = source.address % _ALIGNMENT == 0 or not code.block.tile.copies_vectors
+        aligned = source.address % _ALIGNMENT == 0 or code.block.tile.vector == 1
         if loaded is None or not aligned:
             return self._generic(read, w, bias)
         write, memory = bridge.output(self._shape, code.dtype, code.place)

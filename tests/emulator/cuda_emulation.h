@@ -57,8 +57,9 @@ unsigned long long meet_warp(
     Place place, unsigned mask, unsigned long long given, int source);
 // Every lane gives a vote and receives the votes of all.
 unsigned ballot(Place place, unsigned mask, bool vote);
-// A copy of 16 bytes arrives when the thread waits for its batch, and not before.
-void copy_async(void* to, const void* from);
+// A copy arrives when the thread waits for its batch, and not before; zeros come from a
+// source that doesn't exist.
+void copy_async(void* to, const void* from, unsigned bytes, bool exists);
 void commit_copies();
 void wait_for_copies(unsigned latest);
 
@@ -153,8 +154,9 @@ void __stcg(T* address, T value) {
 
 inline void pause(int) {}
 
-inline void copy_async(void* shared, const void* global) {
-    emulation::copy_async(shared, global);
+template <int BYTES>
+void copy_async(void* shared, const void* global, bool exists) {
+    emulation::copy_async(shared, global, BYTES, exists);
 }
 inline void commit_copies() { emulation::commit_copies(); }
 template <int BATCHES>

@@ -77,7 +77,8 @@ enum class State { READY, WAITING, FINISHED };
 // A copy on its way to shared memory.
 struct Copy {
     uintptr_t to;
-    char bytes[16];
+    unsigned bytes;
+    char content[16];
     const void* returns;
 };
 
@@ -593,14 +594,14 @@ unsigned long long meet_warp(
     return threads[current].received;
 }
 
-void copy_async(void* to, const void* from) {
+void copy_async(void* to, const void* from, unsigned bytes, bool exists) {
     const void* returns = __builtin_return_address(0);
-    Copy copy{reinterpret_cast<uintptr_t>(to), {}, returns};
-    check_access(reinterpret_cast<uintptr_t>(from), sizeof copy.bytes, false, returns);
-    check_access(copy.to, sizeof copy.bytes, true, returns);
-    memcpy(copy.bytes, from, sizeof copy.bytes);
+    Copy copy{reinterpret_cast<uintptr_t>(to), bytes, {}, returns};
+    if (exists) check_access(reinterpret_cast<uintptr_t>(from), bytes, false, returns);
+    check_access(copy.to, bytes, true, returns);
+    if (exists) memcpy(copy.content, from, bytes);
     // What was there before is lost from now on.
-    memset(to, POISON, sizeof copy.bytes);
+    memset(to, POISON, bytes);
     threads[current].copies.back().push_back(copy);
 }
 
@@ -612,8 +613,8 @@ void wait_for_copies(unsigned latest) {
     const size_t arriving = complete > latest ? complete - latest : 0;
     for (size_t i = 0; i < arriving; ++i) {
         for (const Copy& copy : batches[i]) {
-            check_access(copy.to, sizeof copy.bytes, true, copy.returns);
-            memcpy(reinterpret_cast<void*>(copy.to), copy.bytes, sizeof copy.bytes);
+            check_access(copy.to, copy.bytes, true, copy.returns);
+            memcpy(reinterpret_cast<void*>(copy.to), copy.content, copy.bytes);
         }
     }
     batches.erase(batches.begin(), batches.begin() + static_cast<long>(arriving));
