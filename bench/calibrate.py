@@ -31,6 +31,7 @@ from sparse_conv.choice import MARGIN, PASSES
 from sparse_conv.costs.terms import sparse_terms
 from sparse_conv.explanation import median_microseconds
 from sparse_conv.problem import Problem, make_problem, normalize_geometry
+from sparse_conv.streams import wait_for_devices
 
 DENSITIES = (0.02, 0.1, 0.2, 0.3, 0.5, 1.0)
 DTYPES = ("float64", "float16", "bfloat16")
@@ -240,13 +241,13 @@ def gpu_microseconds(call: Callable[[], tf.Tensor], calls: int = 40) -> float:
     busy = tf.random.normal((8192, 8192))
 
     def seconds(count: int) -> float:
-        tf.test.experimental.sync_devices()
+        wait_for_devices()
         start = time.perf_counter()
         for _ in range(4):
             tf.matmul(busy, busy)
         for _ in range(count):
             call()
-        tf.test.experimental.sync_devices()
+        wait_for_devices()
         return time.perf_counter() - start
 
     differences = [seconds(calls) - seconds(0) for _ in range(7)]

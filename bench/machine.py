@@ -34,6 +34,7 @@ from sparse_conv._cli.machine import cpu_name, gpu_names, installed_version
 from sparse_conv.backends import cpu_threads
 from sparse_conv.bridge import Place
 from sparse_conv.launch import Launch, pack_words
+from sparse_conv.streams import wait_for_devices
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BANDWIDTH_BYTES = 1 << 28
@@ -297,10 +298,10 @@ def _shortest_s(call: Callable[[], object]) -> float:
     """The shortest time of a call, in a second's worth of them and at least five."""
     times: list[float] = []
     while len(times) < 5 or sum(times) < 1:
-        tf.test.experimental.sync_devices()
+        wait_for_devices()
         begin = time.perf_counter()
         result = call()
-        tf.test.experimental.sync_devices()
+        wait_for_devices()
         times.append(time.perf_counter() - begin)
         del result
     return min(times)

@@ -27,6 +27,7 @@ from bench.cases import Case
 from bench.measure import Report, Row
 from bench.results import Results
 from bench.session import Session
+from sparse_conv.streams import wait_for_devices
 
 TEMPERATURES = ("cold", "warm")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +120,7 @@ def _clocked(call: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds until the result is there, and the result."""
     begin = time.perf_counter()
     result = call()
-    tf.test.experimental.sync_devices()
+    wait_for_devices()
     return time.perf_counter() - begin, result
 
 

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+
+from sparse_conv.streams import wait_for_devices
 
 # A sample shorter than this is mostly the resolution and the wait at its end.
 SAMPLE_S = 2e-3
@@ -134,9 +135,9 @@ def call_sampler(call: Callable[[int], Any], ring: int) -> Sampler:
 
 
 def _timed_calls(call: Callable[[int], Any], outputs: Ring, calls: int) -> float:
-    tf.test.experimental.sync_devices()
+    wait_for_devices()
     begin = time.perf_counter()
     for number in range(calls):
         outputs.keep(call(number))
-    tf.test.experimental.sync_devices()
+    wait_for_devices()
     return time.perf_counter() - begin

@@ -26,6 +26,7 @@ from sparse_conv.execution import build_run, kept_at
 from sparse_conv.ops import convolution_of, geometry_of
 from sparse_conv.problem import Problem
 from sparse_conv.sparse_kernel import SparseKernel, check_dtype
+from sparse_conv.streams import wait_for_devices
 from sparse_conv.tf_internals import tensor_float_32_enabled
 
 # A group of calls is timed for about so long, and so many groups are.
@@ -438,9 +439,9 @@ def median_microseconds(
 
 def _group_seconds(call: Callable[[], Any], count: int) -> float:
     """Seconds of one call out of `count` in a row."""
-    tf.test.experimental.sync_devices()
+    wait_for_devices()
     start = time.perf_counter()
     for _ in range(count):
         call()
-    tf.test.experimental.sync_devices()
+    wait_for_devices()
     return (time.perf_counter() - start) / count

@@ -4,6 +4,9 @@ TensorFlow does not tell its streams. Events of a whole context order them all w
 stopping the host: what is enqueued before `ordered` is done before our launches start,
 and what comes after it waits for them. Drivers before CUDA 12.5 have no such events;
 there the host waits. Knows CuPy and how to launch; knows nothing of convolutions.
+
+Who takes times has to wait for both: TensorFlow's `sync_devices` returns while our
+launches still run.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from sparse_conv import jit
 from sparse_conv.bridge import Memory
@@ -168,13 +172,27 @@ class _Lane:
 
 
 _lanes = threading.local()
+# CUDA's numbers of the GPUs on which there are lanes.
+_ordinals: set[int] = set()
 
 
 def _lane(ordinal: int) -> _Lane:
     lanes = _lanes.__dict__
     if ordinal not in lanes:
         lanes[ordinal] = _Lane()
+        _ordinals.add(ordinal)
     return lanes[ordinal]
+
+
+def wait_for_devices() -> None:
+    """Waits for all that TensorFlow and our launches do."""
+    tf.test.experimental.sync_devices()
+    if not _ordinals:
+        return
+    import cupy
+
+    for ordinal in tuple(_ordinals):
+        cupy.cuda.Device(ordinal).synchronize()
 
 
 class ordered:

@@ -159,6 +159,20 @@ def test_work_of_tensorflow_before_and_after_is_ordered(backend, cases):
         )
 
 
+@pytest.mark.gpu
+def test_launches_can_be_waited_for():
+    skip_unless_usable("cuda")
+    from sparse_conv import streams
+
+    with tf.device("/GPU:0"):
+        x = tf.random.normal([8, 512, 512, 16])
+        kernel = sparse_conv.SparseKernel.from_dense(np.ones((5, 5, 16, 16), "f"))
+        for _ in range(20):
+            ours.conv2d(x, kernel, 1, "SAME")
+    streams.wait_for_devices()
+    assert all(lane.stream.done for lane in streams._lanes.__dict__.values())
+
+
 def test_inputs_may_die_right_after_the_call(backend, cases):
     for case in cases:
         if case.call.dtype == "int32":

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import tensorflow as tf
+
+from sparse_conv.streams import wait_for_devices
 
 
 def relative_errors(
@@ -70,9 +71,9 @@ def median_time_ms(call: Callable[[], object], calls: int) -> float:
 
 
 def _group_time(call: Callable[[], object], calls: int) -> float:
-    tf.test.experimental.sync_devices()
+    wait_for_devices()
     begin = time.perf_counter()
     for _ in range(calls):
         call()
-    tf.test.experimental.sync_devices()
+    wait_for_devices()
     return (time.perf_counter() - begin) / calls
