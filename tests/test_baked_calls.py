@@ -107,6 +107,17 @@ def test_what_does_not_compile_raises_in_the_calls_that_want_it(code):
     cuda_baked.finish_compiling()
 
 
+def test_what_does_not_compile_is_not_used_where_nobody_waits(code):
+    values = values_of(-1.0)
+    for _ in range(cuda_baked._USES):
+        assert code.loaded(values, waits=False) is None
+    cuda_baked.finish_compiling()
+    with pytest.warns(RuntimeWarning, match="must compile.*don't compile"):
+        assert code.loaded(values, waits=False) is None
+    # Once is enough.
+    assert code.loaded(values, waits=False) is None
+
+
 def test_threads_with_different_values(code):
     def use(number: float, wrong: list) -> None:
         values = values_of(number)

@@ -8,6 +8,7 @@ compiled functions; which code that is, `baked` knows.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -105,6 +106,7 @@ class BakedCode:
         # By the values' address, the latest last.
         self._states: dict[int, _State] = {}
         self._latest: _State | None = None
+        self._warned = False
 
     def loaded(self, values: tf.Tensor, *, waits: bool) -> _Loaded | None:
         """The compiled functions for these values.
@@ -115,10 +117,11 @@ class BakedCode:
             waits: Whether to wait for the compiler.
 
         Returns:
-            The functions; None while they aren't ready.
+            The functions; None while they aren't ready, and where nobody waits for
+            them and they didn't compile.
 
         Raises:
-            CompileError: The code didn't compile.
+            CompileError: The code didn't compile, and the caller waits for it.
         """
         # Read once: another thread may come with other values at any time.
         state = self._latest
@@ -129,9 +132,25 @@ class BakedCode:
             if not waits and (state.uses < _USES or self._is_one_too_many()):
                 return None
             self._start(state)
-        if not waits and not state.future.done():
+        if waits:
+            return state.future.result()
+        if not state.future.done():
+            return None
+        if state.future.exception() is not None:
+            self._warn(state.future.exception())
             return None
         return state.future.result()
+
+    def _warn(self, error: BaseException) -> None:
+        """Says once that other functions go on to serve."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "The generated code must compile. The functions that read pattern and "
+                f"values serve instead. Received: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _state_of(self, values: tf.Tensor) -> _State:
         address = known_memory(values).address
