@@ -177,7 +177,8 @@ struct Item {
     Part part;
 };
 
-// Of the item that is computed, the one that is loaded, and the one after it.
+// Of the item that some threads still store, the one that is computed, and the next one,
+// which is found and loaded meanwhile.
 #define ITEMS 3
 
 // The plan reserves so much in front of the tiles.
@@ -430,7 +431,7 @@ __device__ __forceinline__ void meet() {
 __device__ __forceinline__ void scout(const Arguments& a, Item* items) {
     int turn = 0;
     FOR_ITEMS(number) {
-        // In the place of an item that all have left: they have come to the last one.
+        // In the place of an item that all have left: they have met since.
         turn = turn == ITEMS - 1 ? 0 : turn + 1;
         if (threadIdx.x % WARP == 0 && number + gridDim.x < a.items) {
             find_item(a, number + gridDim.x, items[turn]);
