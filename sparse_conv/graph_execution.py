@@ -159,15 +159,20 @@ def _at(place: Place) -> Any:
 
 
 def _operand_of(shape: Shape) -> tuple[list[tf.Tensor], tf.TensorShape]:
-    """The operands that tell a shape when the graph runs, and what is known before."""
+    """The operands that tell a shape when the graph runs, and what is known before.
+
+    The shape goes as that of a tensor without elements. Its numbers would be an operand
+    in host memory among others on a GPU, and the host would have to wait for them.
+    """
     if isinstance(shape, RuntimeShape):
-        return [shape.value], shape.static
+        empty = tf.zeros(tf.concat([[0], shape.value], axis=0), tf.float32)
+        return [empty], shape.static
     return [], tf.TensorShape(shape)
 
 
 def _known_shape(shape: Shape, value: Sequence[tf.Tensor]) -> tuple[int, ...]:
     """The shape while the graph runs; `value` is what `_operand_of` added."""
-    return tuple(value[0].numpy().tolist()) if value else shape
+    return tuple(value[0].shape[1:]) if value else shape
 
 
 def _device(convolution: Convolution, operand: tf.Tensor) -> str | None:

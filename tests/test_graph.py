@@ -13,7 +13,9 @@ import tensorflow as tf
 from hypothesis import given, settings
 
 import sparse_conv
+from sparse_conv import execution
 from tests import ours
+from tests.conftest import skip_unless_usable
 from tests.reference import conv2d_reference
 from tests.strategies import Call, calls, make_data
 
@@ -476,3 +478,36 @@ def test_saved_model_of_a_function_around_the_convolution(tmp_path):
     assert not any("PyFunc" in op for op in operations(tmp_path))
     loaded = tf.saved_model.load(str(tmp_path))
     np.testing.assert_array_equal(loaded.call(x).numpy(), expected)
+
+
+@pytest.mark.gpu
+def test_every_pass_of_unknown_shapes_runs_where_its_operands_are(monkeypatch):
+    skip_unless_usable("cuda")
+    devices = set()
+
+    def note(name: str) -> None:
+        run = getattr(execution, name)
+
+        def noted(*operands):
+            tensors = [one for one in operands if isinstance(one, tf.Tensor)]
+            for tensor in tensors:
+                kind = tf.DeviceSpec.from_string(tensor.device).device_type
+                devices.add((name, kind))
+            return run(*operands)
+
+        monkeypatch.setattr(execution, name, noted)
+
+    for name in ("fprop", "dgrad", "wgrad"):
+        note(name)
+    kernel = tf.constant(np.ones((3, 3, 2, 4), np.float32))
+
+    @tf.function(input_signature=[tf.TensorSpec([None] * 4)])
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel])
+            y = ours.conv2d(x, kernel, 1, "SAME")
+        return tape.gradient(y, [x, kernel])
+
+    with tf.device("/GPU:0"):
+        gradients(tf.ones([1, 6, 7, 2]))
+    assert devices == {("fprop", "GPU"), ("dgrad", "GPU"), ("wgrad", "GPU")}
