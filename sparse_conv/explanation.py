@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -26,8 +25,8 @@ from sparse_conv.execution import build_run, kept_at
 from sparse_conv.ops import convolution_of, geometry_of
 from sparse_conv.problem import Problem
 from sparse_conv.sparse_kernel import SparseKernel, check_dtype
-from sparse_conv.streams import wait_for_devices
 from sparse_conv.tf_internals import tensor_float_32_enabled
+from sparse_conv.timing import seconds_per_call
 
 # A group of calls is timed for about so long, and so many groups are.
 _GROUP_SECONDS = 0.01
@@ -428,20 +427,10 @@ def median_microseconds(
     for name, call in calls.items():
         call()
         ready()
-        _group_seconds(call, 1)
-        counts[name] = max(1, int(_GROUP_SECONDS / _group_seconds(call, 3)))
+        seconds_per_call(call, 1)
+        counts[name] = max(1, int(_GROUP_SECONDS / seconds_per_call(call, 3)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(_GROUPS):
         for name, call in calls.items():
-            times[name].append(_group_seconds(call, counts[name]))
+            times[name].append(seconds_per_call(call, counts[name]))
     return {name: 1e6 * statistics.median(values) for name, values in times.items()}
-
-
-def _group_seconds(call: Callable[[], Any], count: int) -> float:
-    """Seconds of one call out of `count` in a row."""
-    wait_for_devices()
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    wait_for_devices()
-    return (time.perf_counter() - start) / count

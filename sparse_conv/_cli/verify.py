@@ -6,12 +6,11 @@ Knows the definition of a convolution with stride 1 and padding SAME, in float64
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from sparse_conv.streams import wait_for_devices
+from sparse_conv.timing import seconds_per_call
 
 
 def relative_errors(
@@ -60,20 +59,10 @@ def median_time_ms(call: Callable[[], object], calls: int) -> float:
 
     Args:
         call: What to time.
-        calls: How many calls follow each other before the devices are waited for. One
-            call on a GPU ends before its work does, and the wait has a cost of its own.
+        calls: How many calls follow each other before the devices are waited for.
 
     Returns:
         The median of several such groups of calls, after a warm-up.
     """
-    times = [_group_time(call, calls) for _ in range(13)]
+    times = [seconds_per_call(call, calls) for _ in range(13)]
     return 1e3 * statistics.median(times[2:])
-
-
-def _group_time(call: Callable[[], object], calls: int) -> float:
-    wait_for_devices()
-    begin = time.perf_counter()
-    for _ in range(calls):
-        call()
-    wait_for_devices()
-    return (time.perf_counter() - begin) / calls

@@ -357,8 +357,8 @@ def limits(place: Place) -> plan.DeviceLimits:
     """What a plan has to know of a GPU."""
     import cupy
 
-    device = cupy.cuda.Device(bridge.ordinal_of(place))
+    attributes = cupy.cuda.Device(bridge.ordinal_of(place)).attributes
     return plan.DeviceLimits(
-        multiprocessors=device.attributes["MultiProcessorCount"],
-        shared_mem_bytes=device.attributes["MaxSharedMemoryPerBlockOptin"],
+        multiprocessors=attributes["MultiProcessorCount"],
+        shared_mem_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
     )
