@@ -88,10 +88,9 @@ def baked_fprop_calls(
 ) -> list[Call]:
     """The forward pass; `options` are `bias` and `activation`."""
     gather = fprop_gather(problem)
-    block = baked.make_baked_block(gather, dtype, fitted(config, gather), device)
     return baked_calls(
         gather, data.pattern.fprop_rows(), data.values, data.x, problem.output_shape,
-        dtype, block, **options,
+        dtype, _fitted_block(gather, dtype, config, device), **options,
     )  # fmt: skip
 
 
@@ -104,8 +103,15 @@ def baked_dgrad_calls(
 ) -> list[Call]:
     """The input gradient."""
     gather = dgrad_gather(problem)
-    block = baked.make_baked_block(gather, dtype, fitted(config, gather), device)
     return baked_calls(
         gather, data.pattern.dgrad_rows(gather), data.values, data.dy,
-        problem.input_shape, dtype, block,
+        problem.input_shape, dtype, _fitted_block(gather, dtype, config, device),
     )  # fmt: skip
+
+
+def _fitted_block(
+    gather: Gather, dtype: str, config: BakedConfig, device: DeviceLimits
+) -> BakedBlock:
+    block = baked.make_baked_block(gather, dtype, fitted(config, gather), device)
+    assert block is not None
+    return block

@@ -391,10 +391,9 @@ def device_limits() -> plan.DeviceLimits:
     """Those of GPU 0."""
     import cupy
 
-    device = cupy.cuda.Device(0)
+    attributes = cupy.cuda.Device(0).attributes
     return plan.DeviceLimits(
-        device.attributes["MultiProcessorCount"],
-        device.attributes["MaxSharedMemoryPerBlockOptin"],
+        attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
     )
 
 

@@ -136,8 +136,9 @@ class BakedCode:
             return state.future.result()
         if not state.future.done():
             return None
-        if state.future.exception() is not None:
-            self._warn(state.future.exception())
+        error = state.future.exception()
+        if error is not None:
+            self._warn(error)
             return None
         return state.future.result()
 
