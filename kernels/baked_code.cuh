@@ -1,14 +1,14 @@
 // The pieces of conv2d_baked.cu for one kernel: this file stands in for generated text.
 //
-// Generated text has this form: OUTPUTS sums, and for each number of a piece its loads
-// and products. LOAD reads from shared memory, `offset` bytes from the thread's place;
+// Generated text has this form: the sums, and for each number of a piece its loads and
+// products. LOAD reads from shared memory, `offset` bytes from the thread's place;
 // ADD adds the loaded number `number`, times the weight with these bits, to a sum.
 
 #define SUMS SUM(0), SUM(1)
 #define PLACE "%2"
 
 __device__ __forceinline__ void accumulate(
-    int piece, const char* place, Accumulator (&sums)[OUTPUTS]) {
+    int piece, const char* place, Sums& sums) {
     switch (piece) {
         case 0:
             BEGIN

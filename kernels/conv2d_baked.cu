@@ -1,10 +1,11 @@
 // Forward pass and input gradient for one kernel, whose pattern and values are code.
 //
-// Every thread computes OUTPUTS channels of one pixel. For each input that it reads, there
-// is one instruction for each nonzero weight of that input, with the weight as its
-// immediate operand: nothing is decoded and no zero is visited. The instructions are
-// generated (see baked_code.cuh); this text is what surrounds them: it brings tiles of the
-// input into shared memory, a chunk of channels ahead of the computation, and stores.
+// Every thread computes OUTPUTS channels of PIXELS pixels, one above the other. For each
+// input that it reads, there is one instruction for each nonzero weight of that input and
+// pixel, with the weight as its immediate operand: nothing is decoded and no zero is
+// visited. The instructions are generated (see baked_code.cuh); this text is what
+// surrounds them: it brings tiles of the input into shared memory, a chunk of channels
+// ahead of the computation, and stores.
 //
 // A block stays and takes one tile after the other, so that the next tile is on its way
 // and the last outputs are on theirs while it computes. One warp more than compute finds
@@ -25,9 +26,12 @@
 #include "epilogue.cuh"
 #include "async_copy.cuh"
 
-// Channels of a thread.
+// Channels and pixels of a thread.
 #ifndef OUTPUTS
 #define OUTPUTS 2
+#endif
+#ifndef PIXELS
+#define PIXELS 1
 #endif
 // Warps that compute.
 #ifndef WARPS
@@ -74,12 +78,13 @@ __device__ __forceinline__ Accumulator number_of(unsigned long long bits) {
 #define LOAD_VECTOR(offset) \
     unpack(*reinterpret_cast<const Pack*>(place + offset), loaded);
 #define ADD(number, sum, bits) \
-    sums[sum] = multiply_add(loaded[number], number_of(0x##bits##ull), sums[sum]);
+    sums.of[sum] = \
+        multiply_add(loaded[number], number_of(0x##bits##ull), sums.of[sum]);
 #define END }
 
 #elif DTYPE == FLOAT64
 
-#define SUM(sum) "+d"(sums[sum])
+#define SUM(sum) "+d"(sums.of[sum])
 #define BEGIN asm volatile("{ .reg .f64 n0, n1;\n"
 #define LOAD(offset) "ld.shared.f64 n0, [" PLACE "+" #offset "];\n"
 #define LOAD_VECTOR(offset) "ld.shared.v2.f64 {n0, n1}, [" PLACE "+" #offset "];\n"
@@ -88,7 +93,7 @@ __device__ __forceinline__ Accumulator number_of(unsigned long long bits) {
 
 #else
 
-#define SUM(sum) "+f"(sums[sum])
+#define SUM(sum) "+f"(sums.of[sum])
 #define BEGIN asm volatile("{ .reg .f32 n0, n1, n2, n3;\n"
 #define LOAD(offset) "ld.shared.f32 n0, [" PLACE "+" #offset "];\n"
 #define LOAD_VECTOR(offset) \
@@ -103,6 +108,11 @@ __device__ __forceinline__ Accumulator number_of(unsigned long long bits) {
 #define END \
     "}" : SUMS : "r"(static_cast<unsigned>(__cvta_generic_to_shared(place))) : "memory");
 #endif
+
+// All sums of a pixel, then those of the next.
+struct Sums {
+    Accumulator of[PIXELS * OUTPUTS];
+};
 
 #include "baked_code.cuh"
 
@@ -292,9 +302,11 @@ __device__ __forceinline__ void load_tile(
 }
 
 // Where the thread's pixel lies, from the item's first on; negative if there is none.
-__device__ __forceinline__ int find_offset(const Arguments& a, const Window& output) {
-    const int y = divide(threadIdx.x, a.tiling.by_tile_w);
-    const int x = threadIdx.x - y * a.tiling.tile_w;
+__device__ __forceinline__ int find_offset(
+    const Arguments& a, const Window& output, int pixel) {
+    const int strip = divide(threadIdx.x, a.tiling.by_tile_w);
+    const int x = threadIdx.x - strip * a.tiling.tile_w;
+    const int y = strip * PIXELS + pixel;
     // What exists of the tile ends where the tile does, at the latest.
     if (!contains(output, y, x)) return -1;
     return y * a.steps.write_row + x * a.steps.write_column;
@@ -302,14 +314,16 @@ __device__ __forceinline__ int find_offset(const Arguments& a, const Window& out
 
 // The sums begin with the bias: at the end there would be no registers to load it into.
 __device__ __forceinline__ void begin_sums(
-    const Arguments& a, const Part& part, Accumulator (&sums)[OUTPUTS]) {
-#pragma unroll
-    for (int k = 0; k < OUTPUTS; ++k) sums[k] = 0;
+    const Arguments& a, const Part& part, Sums& sums) {
+    sums = {};
     if (!a.bias) return;
     const Storage* bias = a.bias + part.first_output;
 #pragma unroll
     for (int k = 0; k < OUTPUTS; ++k) {
-        if (k < part.outputs) sums[k] = to_accumulator(__ldg(bias + k));
+        if (k >= part.outputs) break;
+        const Accumulator number = to_accumulator(__ldg(bias + k));
+#pragma unroll
+        for (int pixel = 0; pixel < PIXELS; ++pixel) sums.of[pixel * OUTPUTS + k] = number;
     }
 }
 
@@ -327,7 +341,8 @@ __device__ __forceinline__ void activate_staged(
 __device__ __forceinline__ void store_staged(
     const Arguments& a, const Accumulator* stage, Storage* write, int offset, int channels) {
     const int lane = threadIdx.x % WARP;
-    if (!CHANNELS_LAST) {
+    // Few channels of neighbouring pixels lie close enough.
+    if (!CHANNELS_LAST || OUTPUTS < QUAD) {
         if (offset < 0) return;
 #pragma unroll 4
         for (int c = 0; c < channels; ++c) {
@@ -360,7 +375,7 @@ __device__ __forceinline__ void store_staged(
 
 // Stages sums in the order of their channels, QUAD at a time.
 __device__ __forceinline__ void stage_quads(
-    Accumulator* own, const Accumulator (&sums)[OUTPUTS], int first) {
+    Accumulator* own, const Accumulator* sums, int first) {
 #pragma unroll
     for (int c = 0; c < STAGED; c += QUAD) {
         AccumulatorQuad quad = {};
@@ -372,21 +387,17 @@ __device__ __forceinline__ void stage_quads(
     }
 }
 
-// Finishes the sums and stores them, STAGED channels at a time.
-__device__ __forceinline__ void store(
-    const Arguments& a, Accumulator* stage, const Item& item,
-    Accumulator (&sums)[OUTPUTS]) {
-    const int offset = find_offset(a, item.output);
+// Stores the sums of one of the thread's pixels, STAGED channels at a time.
+__device__ __forceinline__ void store_pixel(
+    const Arguments& a, Accumulator* stage, const Item& item, int pixel,
+    const Accumulator* sums) {
+    const int offset = find_offset(a, item.output, pixel);
     Storage* write = a.write + item.output.offset +
                      widening(item.part.first_output, a.steps.write_channel);
-    if (a.activation == RELU) {
-#pragma unroll
-        for (int k = 0; k < OUTPUTS; ++k) sums[k] = activate(sums[k], RELU);
-    }
     Accumulator* own = stage + threadIdx.x % WARP * STAGE_PITCH;
 #pragma unroll
     for (int first = 0; first < OUTPUTS; first += STAGED) {
-        if (first) __syncwarp();
+        if (first || pixel) __syncwarp();
 #if CHANNELS_LAST
         stage_quads(own, sums, first);
 #else
@@ -403,11 +414,27 @@ __device__ __forceinline__ void store(
     }
 }
 
-// Where the thread reads the tile for the first tap, in bytes. A thread behind the
-// tile's end computes pixel 0 again; it isn't stored.
+// Finishes the sums and stores them.
+__device__ __forceinline__ void store(
+    const Arguments& a, Accumulator* stage, const Item& item, Sums& sums) {
+    if (a.activation == RELU) {
+#pragma unroll
+        for (int k = 0; k < PIXELS * OUTPUTS; ++k) {
+            sums.of[k] = activate(sums.of[k], RELU);
+        }
+    }
+#pragma unroll
+    for (int pixel = 0; pixel < PIXELS; ++pixel) {
+        store_pixel(a, stage, item, pixel, sums.of + pixel * OUTPUTS);
+    }
+}
+
+// Where the thread reads the tile for the first tap of its first pixel, in bytes. A thread
+// behind the tile's end computes pixel 0 again; it isn't stored.
 __device__ __forceinline__ int find_place(const Arguments& a) {
-    const int y = divide(threadIdx.x, a.tiling.by_tile_w);
-    const int x = threadIdx.x - y * a.tiling.tile_w;
+    const int strip = divide(threadIdx.x, a.tiling.by_tile_w);
+    const int x = threadIdx.x - strip * a.tiling.tile_w;
+    const int y = strip * PIXELS;
     if (y >= a.tiling.tile_h) return 0;
     return (y * a.geometry.h.stride * a.row_pitch + x * a.column_pitch) *
            static_cast<int>(sizeof(Accumulator));
@@ -419,7 +446,22 @@ __device__ __forceinline__ void meet() {
 #ifdef CUDA_EMULATION
     __syncthreads();
 #else
-    asm volatile("bar.sync 1, %0;" ::"n"((WARPS + 1) * WARP) : "memory");
+    asm volatile("barrier.sync 1, %0;" ::"n"((WARPS + 1) * WARP) : "memory");
+#endif
+}
+
+#define PARTIAL_SUMS 16
+
+// Adds a chunk's products to the sums. Where there are registers, they have sums of their
+// own, so that rounding errors grow with the number of chunks and of a chunk's products.
+__device__ __forceinline__ void add_chunk(int piece, const char* place, Sums& sums) {
+#if MANY_CHUNKS && PIXELS * OUTPUTS <= PARTIAL_SUMS
+    Sums partial = {};
+    accumulate(piece, place, partial);
+#pragma unroll
+    for (int k = 0; k < PIXELS * OUTPUTS; ++k) sums.of[k] += partial.of[k];
+#else
+    accumulate(piece, place, sums);
 #endif
 }
 
@@ -463,7 +505,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
     FOR_ITEMS(number) {
         const Item& item = items[turn];
         turn = turn == ITEMS - 1 ? 0 : turn + 1;
-        Accumulator sums[OUTPUTS];
+        Sums sums;
         for (int chunk = 0; chunk < (MANY_CHUNKS ? a.chunks : 1); ++chunk) {
             wait_for_copies<0>();
             meet();
@@ -475,7 +517,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
             // Nobody reads the other buffer any more.
             if (loads && a.buffer) load_tile(a, next, tiles + next_buffer, next_channel);
             if (chunk == 0) begin_sums(a, item.part, sums);
-            accumulate(item.part.piece + chunk, place + buffer, sums);
+            add_chunk(item.part.piece + chunk, place + buffer, sums);
             if (!a.buffer) {
                 meet();
                 if (loads) load_tile(a, next, tiles, next_channel);

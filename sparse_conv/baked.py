@@ -41,6 +41,8 @@ ITEM_BYTES = 96
 ITEMS = 3
 # Channels that a warp stages at a time; as in conv2d_baked.cu.
 STAGED = 32
+# Up to so many sums of a thread, each chunk has sums of its own; as there.
+PARTIAL_SUMS = 16
 # Products of one function, at most, where it has several parts: the compiler's time
 # grows faster than the code.
 FUNCTION_PRODUCTS = 16_000
@@ -55,12 +57,15 @@ class BakedConfig:
     """How a block of conv2d_baked.cu divides its work.
 
     Attributes:
-        outputs: Output channels of a thread, which has one pixel.
+        outputs: Output channels of a thread.
         warps: Warps of a block that compute; one more finds their work.
         resident: Blocks that share a multiprocessor; bounds a thread's registers.
         tile_h: Height of a tile in outputs of one phase.
         tile_w: Width of a tile.
         chunk: Input channels in shared memory at a time.
+        pixels: Pixels of a thread, one above the other.
+        vectors: Whether several channels are loaded at once, where they lie side by
+            side. They have to be loaded even if few of them are used.
     """
 
     outputs: int
@@ -69,6 +74,13 @@ class BakedConfig:
     tile_h: int
     tile_w: int
     chunk: int
+    pixels: int = 1
+    vectors: bool = True
+
+    @property
+    def sums(self) -> int:
+        """Sums of a thread."""
+        return self.outputs * self.pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +177,7 @@ def make_baked_block(
         return None
     if _longest_step(gather, config, tile) > GRID_LIMIT:
         return None
-    if config.tile_h * config.tile_w > config.warps * WARP:
+    if -(-config.tile_h // config.pixels) * config.tile_w > config.warps * WARP:
         return None
     return BakedBlock(
         config,
@@ -229,19 +241,20 @@ def _stage_pitch(gather: Gather, dtype: str) -> int:
 
 def _make_tile(gather: Gather, dtype: str, config: BakedConfig) -> Tile:
     slots, accumulator = PACKS[dtype]
-    extent_h = (config.tile_h - 1) * gather.h.stride + gather.h.taps
+    strips_h = -(-config.tile_h // config.pixels) * config.pixels
+    extent_h = (strips_h - 1) * gather.h.stride + gather.h.taps
     extent_w = (config.tile_w - 1) * gather.w.stride + gather.w.taps
     columns = -(-extent_w // gather.w.stride)
-    group_in = gather.in_channels // gather.groups
     channels_last = gather.data_format == "NHWC"
-    whole = group_in % slots == 0 and config.chunk % slots == 0
+    whole = has_vectors(gather, dtype) and config.chunk % slots == 0
     # Three channels, padded to a vector, were slower than three loads: 28 instead of
     # 26 us for 11x11, 3 to 64 channels, 256x512, on an H100.
-    vector = slots if channels_last and whole else 1
+    vector = slots if whole and config.vectors else 1
     # An odd number of vectors: neighbouring lanes then meet different banks.
     column_pitch = (config.chunk // vector | 1) * vector if channels_last else 1
     width = columns * gather.w.stride * column_pitch
-    row_pitch = _row_pitch(width, gather.h.stride, config.tile_w, column_pitch, vector)
+    stride_h = gather.h.stride * config.pixels
+    row_pitch = _row_pitch(width, stride_h, config.tile_w, column_pitch, vector)
     plane = extent_h * row_pitch
     numbers = plane if channels_last else config.chunk * plane
     return Tile(
@@ -254,6 +267,12 @@ def _make_tile(gather: Gather, dtype: str, config: BakedConfig) -> Tile:
         vector,
         -(-numbers // slots) * slots * accumulator,
     )
+
+
+def has_vectors(gather: Gather, dtype: str) -> bool:
+    """Whether several channels lie side by side in memory, aligned."""
+    group_in = gather.in_channels // gather.groups
+    return gather.data_format == "NHWC" and group_in % PACKS[dtype][0] == 0
 
 
 def _row_pitch(
@@ -322,14 +341,14 @@ class _Entries:
         begins: (parts, chunks + 1), where each piece's products begin.
         offset: Bytes from a thread's place to the vector that is read.
         number: Which number of the vector.
-        output: Which of the thread's sums.
+        sum: Which of the thread's sums.
         bits: The weight in hexadecimal.
     """
 
     begins: np.ndarray
     offset: list[int]
     number: list[int]
-    output: list[int]
+    sum: list[int]
     bits: list[str]
 
 
@@ -350,9 +369,21 @@ def _entries(
         + (remainder * tile.columns + quotient) * tile.column_pitch
         + group * tile.vector * tile.channel_pitch
     )
+    # For the pixels below, the same again.
+    pixel = np.repeat(np.arange(block.config.pixels), len(row))
+    height = pixel * gather.h.stride
+
+    def each(entries: np.ndarray) -> np.ndarray:
+        return np.tile(entries, block.config.pixels)
+
+    place = each(place) + height * tile.row_pitch
+    number, values = each(number), each(values)
+    sums = pixel * block.config.outputs + each(output)
+    pieces = each(part * block.chunks + chunk)
     # Rows of taps first: the inputs of neighbouring instructions are neighbours.
-    order = np.lexsort((output, number, group, tap_w, tap_h, chunk, part))
-    pieces = part * block.chunks + chunk
+    order = np.lexsort(
+        (sums, number, each(group), each(tap_w), each(tap_h) + height, pieces)
+    )
     ends = np.cumsum(np.bincount(pieces, minlength=block.parts * block.chunks))
     begins = np.concatenate([[0], ends])
     first = np.arange(block.parts)[:, None] * block.chunks
@@ -360,7 +391,7 @@ def _entries(
         begins[first + np.arange(block.chunks + 1)],
         (place[order] * PACKS[dtype][1]).tolist(),
         number[order].tolist(),
-        output[order].tolist(),
+        sums[order].tolist(),
         _hexadecimal(values[order]),
     )
 
@@ -392,11 +423,11 @@ def _functions(entries: _Entries, block: BakedBlock) -> Iterator[range]:
 
 def _code(entries: _Entries, parts: range, block: BakedBlock) -> Iterator[str]:
     """The text that takes the place of baked_code.cuh."""
-    outputs = block.config.outputs
-    yield f"#define SUMS {', '.join(f'SUM({k})' for k in range(outputs))}\n"
-    yield f'#define PLACE "%{outputs}"\n'
+    sums = block.config.sums
+    yield f"#define SUMS {', '.join(f'SUM({k})' for k in range(sums))}\n"
+    yield f'#define PLACE "%{sums}"\n'
     yield "__device__ __forceinline__ void accumulate(\n"
-    yield "    int piece, const char* place, Accumulator (&sums)[OUTPUTS]) {\n"
+    yield "    int piece, const char* place, Sums& sums) {\n"
     yield "switch (piece) {\n"
     vectors = block.tile.vector > 1
     for number, part in enumerate(parts):
@@ -427,8 +458,8 @@ def _instructions(
         if offset != loaded:
             loaded = offset
             yield f"{load}({offset})\n"
-        number, output = entries.number[entry], entries.output[entry]
-        yield f"ADD({number}, {output}, {entries.bits[entry]})\n"
+        number, total = entries.number[entry], entries.sum[entry]
+        yield f"ADD({number}, {total}, {entries.bits[entry]})\n"
 
 
 def baked_launch(
@@ -510,6 +541,7 @@ def _defines(
     return (
         ("DTYPE", dtype.upper()),
         ("OUTPUTS", str(config.outputs)),
+        ("PIXELS", str(config.pixels)),
         ("WARPS", str(config.warps)),
         ("RESIDENT", str(config.resident)),
         ("MANY_CHUNKS", str(int(block.chunks > 1))),

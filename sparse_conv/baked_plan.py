@@ -10,7 +10,13 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sparse_conv.baked import BakedBlock, BakedConfig, make_baked_block
+from sparse_conv.baked import (
+    PARTIAL_SUMS,
+    BakedBlock,
+    BakedConfig,
+    has_vectors,
+    make_baked_block,
+)
 from sparse_conv.gather import Gather
 from sparse_conv.launch import WARP
 from sparse_conv.tiling import PACKS, DeviceLimits, phase_outputs, stored_bytes
@@ -20,12 +26,19 @@ MOST_PRODUCTS = 60_000
 # The compiler's time grows with the number of pieces, too: 2 s for 1,024 of them in one
 # function, 23 s for 4,096.
 MOST_PIECES = 4096
-# Fewer products would be spent for each input that is read.
+# Fewer channels of a group among others would be read one by one, from all over memory.
 LEAST_OUTPUTS = 4
+# Up to so many outputs a thread may have several pixels, or load channels one by one.
+_FEW_OUTPUTS = 8
+# Several pixels have so many products at most: longer code takes longer to fetch than
+# they save. 11x11, 128 to 3 channels, 256x512, density 0.1, on an H100: 125 us with one
+# pixel, 162 with two; 32 to 3 channels: 30.4 and 28.7.
+_MOST_PIXEL_PRODUCTS = 6000
 
 # The numbers below were fitted to 919 launches of 39 kernels on an H100. For most of
 # them, what the model takes was at most 12 % slower than the best configuration tried;
-# at densities of 0.5 and more, up to 41 %.
+# at densities of 0.5 and more, up to 41 %. Of 569 launches of 9 kernels with 1 to 8
+# outputs it takes what is at most 15 % slower, or with 8 outputs 37 %.
 
 # Bytes of an instruction.
 _INSTRUCTION = 16
@@ -50,6 +63,9 @@ _EFFICIENCY = 0.75
 # Instructions of a warp for each tile, and for each load.
 _TILE_INSTRUCTIONS = 120
 _LOAD_INSTRUCTIONS = 2
+# Clocks for which a load of a warp, and the store that goes with it, keep shared memory
+# busy.
+_COPY_CLOCKS = 3
 # Clocks of an instruction of a warp that is by itself.
 _ALONE = 2.9
 # Clocks of a launch with its first and its last steps.
@@ -109,7 +125,7 @@ def choose_baked_block(
     if refused:
         return BakedChoice(None, float("inf"), refused)
     best, best_clocks = None, float("inf")
-    for config in _candidates(gather, dtype, device):
+    for config in _candidates(gather, dtype, nnz, device):
         block = make_baked_block(gather, dtype, config, device)
         if block is None or block.parts * block.chunks > MOST_PIECES:
             continue
@@ -127,8 +143,8 @@ def choose_baked_block(
         best,
         best_clocks,
         f"code for {nnz} weights: tiles of {config.tile_h}x{config.tile_w} outputs, "
-        f"{config.outputs} output channels a thread, {config.chunk} input channels at "
-        f"a time",
+        f"{config.outputs} output channels and {config.pixels} pixels a thread, "
+        f"{config.chunk} input channels at a time",
     )
 
 
@@ -140,41 +156,72 @@ def _reason_against(gather: Gather, dtype: str, nnz: int) -> str | None:
             f"code for {nnz} weights would take too long to compile, it is generated "
             f"for at most {MOST_PRODUCTS}"
         )
-    if gather.out_channels // gather.groups < LEAST_OUTPUTS:
+    if gather.groups > 1 and gather.out_channels // gather.groups < LEAST_OUTPUTS:
         return (
             f"code is generated for at least {LEAST_OUTPUTS} output channels of a "
-            f"group, not for {gather.out_channels // gather.groups}"
+            f"group, where there are several, not for "
+            f"{gather.out_channels // gather.groups}"
         )
     return None
 
 
 def _candidates(
-    gather: Gather, dtype: str, device: DeviceLimits
+    gather: Gather, dtype: str, nnz: int, device: DeviceLimits
 ) -> Iterator[BakedConfig]:
     """The configurations worth comparing."""
     group_out = gather.out_channels // gather.groups
-    group_in = max(1, gather.in_channels // gather.groups)
+    # A sum takes as many registers as an accumulator has words.
+    most = 64 // (PACKS[dtype][1] // 4)
+    for outputs in sorted({min(group_out, most), *_divided(group_out, most)}):
+        for pixels, vectors in _readings(gather, dtype, nnz):
+            yield from _blocks(gather, dtype, outputs, pixels, vectors, device)
+
+
+def _readings(gather: Gather, dtype: str, nnz: int) -> Iterator[tuple[int, bool]]:
+    """Pixels of a thread, and whether it loads vectors.
+
+    Few outputs use few of the inputs that a thread loads for one pixel.
+    """
+    group_out = gather.out_channels // gather.groups
+    if group_out > _FEW_OUTPUTS:
+        yield 1, True
+        return
+    choices = (True, False) if has_vectors(gather, dtype) else (True,)
+    for pixels in (1, 2, 4):
+        if pixels == 1 or nnz * pixels <= _MOST_PIXEL_PRODUCTS:
+            yield from ((pixels, vectors) for vectors in choices)
+
+
+def _blocks(
+    gather: Gather,
+    dtype: str,
+    outputs: int,
+    pixels: int,
+    vectors: bool,
+    device: DeviceLimits,
+) -> Iterator[BakedConfig]:
+    """The blocks of such threads that are worth comparing."""
     height, width = phase_outputs(gather.h), phase_outputs(gather.w)
     all_pixels = gather.n * gather.h.outputs * gather.w.outputs
-    # A sum takes as many registers as an accumulator has words.
-    words = PACKS[dtype][1] // 4
-    most = 64 // words
-    for outputs in sorted({min(group_out, most), *_divided(group_out, most)}):
-        for warps in (2, 4, 8, 16):
-            # Small blocks repeat what blocks do once; they are for few pixels.
-            if warps < 4 and all_pixels > 256 * device.multiprocessors:
+    sums = outputs * pixels
+    # Few sums have partial ones beside them.
+    registers = sums * (2 if sums <= PARTIAL_SUMS else 1) * PACKS[dtype][1] // 4
+    for warps in (2, 4, 8, 16):
+        # Small blocks repeat what blocks do once; they are for few pixels.
+        if warps < 4 and all_pixels > 256 * device.multiprocessors:
+            continue
+        strips = warps * WARP
+        for tile_w in {min(w, width) for w in (8, 14, 16, 28, 32, 56, 64)}:
+            if tile_w > strips:
                 continue
-            pixels = warps * WARP
-            for tile_w in {min(w, width) for w in (8, 14, 16, 28, 32, 56, 64)}:
-                if tile_w > pixels:
-                    continue
-                tile_h = _even(height, pixels // tile_w)
-                needed = -(-tile_h * tile_w // WARP)
-                for resident in _residents(outputs * words, needed):
-                    for chunk in _chunks(group_in):
-                        yield BakedConfig(
-                            outputs, needed, resident, tile_h, tile_w, chunk
-                        )
+            tile_h = _even(height, strips // tile_w * pixels)
+            needed = -(-(-(-tile_h // pixels) * tile_w) // WARP)
+            for resident in _residents(registers, needed):
+                for chunk in _chunks(gather.in_channels // gather.groups):
+                    yield BakedConfig(
+                        outputs, needed, resident, tile_h, tile_w, chunk, pixels,
+                        vectors,
+                    )  # fmt: skip
 
 
 def _even(extent: int, most: int) -> int:
@@ -189,14 +236,14 @@ def _divided(group_out: int, most: int) -> Iterator[int]:
             yield outputs
 
 
-def _residents(words: int, warps: int) -> set[int]:
+def _residents(registers: int, warps: int) -> set[int]:
     """How many blocks may share a multiprocessor, by their registers.
 
     Args:
-        words: Of the sums of a thread.
+        registers: Those of a thread's sums.
         warps: Warps of a block that compute; one more finds their work.
     """
-    room = min(_MOST_WARPS, _REGISTERS // ((words + _OTHER_REGISTERS) * WARP))
+    room = min(_MOST_WARPS, _REGISTERS // ((registers + _OTHER_REGISTERS) * WARP))
     most = max(1, room // (warps + 1))
     return {1, min(2, most), min(most, 16)}
 
@@ -210,7 +257,7 @@ def baked_clocks(
 ) -> float:
     """Predicted clocks of all launches."""
     config = block.config
-    products = nnz / block.parts
+    products = nnz / block.parts * config.pixels
     loads = _loads(gather, products, block)
     instructions = (
         products
@@ -227,7 +274,9 @@ def baked_clocks(
     warps = rounds * -(-resident * config.warps // 4) + -(-rest * config.warps // 4)
     words = PACKS[dtype][1] / 4
     issue = warps * instructions * words / _EFFICIENCY
-    shared = tiles * config.warps * loads * block.tile.vector * words
+    shared = loads * block.tile.vector * words
+    shared += _COPY_CLOCKS * block.chunks * block.loading.turns
+    shared *= tiles * config.warps
     rounds += rest > 0
     computing = max(
         _overlapped(issue, shared, _UNHIDDEN_LOADS),
@@ -245,10 +294,12 @@ def baked_clocks(
 
 def _loads(gather: Gather, products: float, block: BakedBlock) -> float:
     """How many loads the products of a part need."""
-    sums = block.config.outputs
-    vector = block.tile.vector
-    inputs = gather.row_length
-    met = 1 - (1 - min(1.0, products / max(1, inputs * sums))) ** (sums * vector)
+    config, vector = block.config, block.tile.vector
+    rows = gather.h.taps + (config.pixels - 1) * gather.h.stride
+    inputs = gather.row_length * rows / gather.h.taps
+    # Of the products that an input has on average, with a dense kernel.
+    most = config.sums * gather.row_length / max(1, inputs)
+    met = 1 - (1 - min(1.0, products / max(1, inputs * most))) ** (most * vector)
     return inputs / vector * met
 
 

@@ -320,6 +320,7 @@ BAKED_CONFIGS = [
     (BakedConfig(64, 4, 2, 4, 28, 4), LITTLE),
     (BakedConfig(8, 2, 1, 4, 16, 2**20), LITTLE),
     (BakedConfig(8, 2, 1, 4, 16, 2**20), H200),
+    (BakedConfig(4, 2, 1, 10, 16, 4, pixels=4, vectors=False), LITTLE),
 ]
 WGRAD_CONFIGS = [
     plan.WgradConfig(4, 2, 3, 8, 16, 3, 3),

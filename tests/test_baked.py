@@ -43,6 +43,11 @@ FLOATS = tuple(dtype for dtype in DTYPES if dtype != "int32")
 SMALL = BakedConfig(outputs=4, warps=2, resident=1, tile_h=3, tile_w=10, chunk=4)
 # All outputs in one part, all channels in one chunk.
 WHOLE = BakedConfig(outputs=64, warps=1, resident=1, tile_h=4, tile_w=8, chunk=2**20)
+# Several pixels a thread, which don't fill the tile, and channels one by one.
+STRIPS = BakedConfig(
+    outputs=3, warps=1, resident=1, tile_h=5, tile_w=8, chunk=4, pixels=4, vectors=False
+)
+CONFIGS = {"small": SMALL, "whole": WHOLE, "strips": STRIPS}
 # Every kind of stride, dilation and padding, groups, both layouts.
 VARIED = [problem for problem in PROBLEMS if 0 not in problem.input_shape][::5]
 
@@ -51,7 +56,7 @@ GPUS = {"large": LARGE_GPU, "little": LITTLE_GPU}
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("config", [SMALL, WHOLE], ids=["small", "whole"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("problem", VARIED, ids=str)
 def test_both_passes_are_exact(problem, config, gpu):
     if 0 in problem.output_shape:
@@ -64,7 +69,7 @@ def test_both_passes_are_exact(problem, config, gpu):
     assert_exact(got, dgrad_reference(data.dy, data.dense, problem), "dgrad")
 
 
-@pytest.mark.parametrize("config", [SMALL, WHOLE], ids=["small", "whole"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("problem", FEW_PROBLEMS, ids=str)
 def test_a_tile_that_has_no_room_is_loaded_when_the_last_one_has_served(
     problem, config
@@ -78,7 +83,7 @@ def test_a_tile_that_has_no_room_is_loaded_when_the_last_one_has_served(
     assert_exact(got, conv2d_reference(data.x, data.dense, problem), "fprop")
 
 
-@pytest.mark.parametrize("config", [SMALL, WHOLE], ids=["small", "whole"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("problem", FEW_PROBLEMS, ids=str)
 def test_every_dtype_is_as_exact_as_rounding_allows(problem, dtype, config):
@@ -139,6 +144,7 @@ def test_what_the_plan_chooses_is_exact(problem):
         )
         if choice.block is None:
             assert problem.k // problem.groups < baked_plan.LEAST_OUTPUTS
+            assert problem.groups > 1
             continue
         calls = baked_calls(
             gather, data.pattern.fprop_rows(), data.values, data.x,
@@ -206,7 +212,7 @@ def test_refusals_name_their_reason():
     problem = make((1, 9, 9, 8), (3, 3, 8, 8))
     assert "floats only" in reason(problem, dtype="int32")
     assert "too long to compile" in reason(problem, nnz=10**6)
-    few = make((1, 9, 9, 8), (3, 3, 8, 3))
+    few = make((1, 9, 9, 8), (3, 3, 4, 6))
     assert "at least 4 output channels" in reason(few)
 
 
@@ -258,6 +264,27 @@ def test_sizes_that_tiles_hardly_fit_are_not_refused():
         assert choice.block is not None, (str(problem), choice.reason)
 
 
+def test_few_outputs_have_several_pixels_or_no_vectors():
+    for channels, outputs in ((3, 3), (32, 3), (64, 1), (64, 8)):
+        problem = make((1, 256, 512, channels), (5, 5, channels, outputs))
+        gather = fprop_gather(problem)
+        nnz = problem.r * problem.s * channels * outputs // 10
+        choice = baked_plan.choose_baked_block(gather, "float32", nnz, LARGE_GPU)
+        config = choice.block.config
+        assert config.pixels > 1 or not config.vectors
+        assert config.outputs == outputs
+
+
+def test_the_errors_of_few_sums_grow_with_their_chunks():
+    problem = make((1, 5, 6, 512), (3, 3, 512, 3))
+    data = make_data(problem, "float32", 1.0, whole=False)
+    exact = conv2d_reference(data.x, data.dense, problem)
+    size = conv2d_reference(abs(data.x), abs(data.dense), problem)
+    config = dataclasses.replace(STRIPS, chunk=16)
+    got = run_baked(baked_fprop_calls(problem, data, "float32", config))
+    assert_within(got, exact, error_bound("float32", exact, size, 9 * 16 + 32), "fprop")
+
+
 def test_pieces_are_bounded(monkeypatch):
     gather = dgrad_gather(make((1, 40, 40, 64), (3, 3, 4, 64), 4))
     choice = baked_plan.choose_baked_block(gather, "float32", 200, LARGE_GPU)
@@ -281,6 +308,7 @@ def test_the_text_and_the_plan_agree_on_sizes():
 
     assert number("STAGED") == baked.STAGED
     assert number("ITEMS") == baked.ITEMS
+    assert number("PARTIAL_SUMS") == baked.PARTIAL_SUMS
     assert f"static_assert(sizeof(Item) == {baked.ITEM_BYTES}" in text
 
 
@@ -289,6 +317,7 @@ def test_the_choice_fits_the_gpu_and_covers_every_output():
         make((1, 256, 512, 3), (11, 11, 3, 64)),
         make((32, 56, 56, 64), (3, 3, 64, 64)),
         make((1, 7, 7, 512), (3, 3, 512, 64)),
+        make((1, 256, 512, 32), (11, 11, 32, 3)),
         make((1, 32, 32, 3), (11, 11, 3, 64), data_format="NCHW"),
     ):
         gather = fprop_gather(problem)
@@ -297,5 +326,6 @@ def test_the_choice_fits_the_gpu_and_covers_every_output():
         block, config = choice.block, choice.block.config
         assert block.shared_mem_bytes <= LARGE_GPU.shared_mem_bytes
         assert config.outputs * block.group_parts >= problem.k
-        assert config.tile_h * config.tile_w <= 32 * config.warps
+        strips = -(-config.tile_h // config.pixels) * config.tile_w
+        assert strips <= 32 * config.warps
         assert config.chunk * block.chunks >= problem.c

@@ -491,7 +491,7 @@ def test_every_pass_of_unknown_shapes_runs_where_its_operands_are(monkeypatch):
         def noted(*operands):
             tensors = [one for one in operands if isinstance(one, tf.Tensor)]
             for tensor in tensors:
-                kind = tf.DeviceSpec.from_string(tensor.device).device_type
+                kind = tf.DeviceSpec.from_string(tensor.backing_device).device_type
                 devices.add((name, kind))
             return run(*operands)
 

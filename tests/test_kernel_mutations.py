@@ -174,12 +174,15 @@ VECTORS = make((2, 5, 9, 12), (3, 3, 12, 36))
 VECTORS_CONFIG = BakedConfig(36, 2, 1, 4, 9, 8)
 # Several parts, groups and phases, and tails everywhere.
 NUMBERS_CONFIG = BakedConfig(3, 2, 1, 3, 7, 2)
+# The same with several pixels a thread, which neighbouring lanes store.
+STRIPS_CONFIG = BakedConfig(4, 2, 1, 5, 7, 2, pixels=2)
 SAMPLE = re.compile(r'#line 1 "baked_code\.cuh"\n.*?(?=#line)', re.DOTALL)
 
 
 def check_baked(text: str) -> None:
     for problem, config in (
         (VECTORS, VECTORS_CONFIG), (NHWC, NUMBERS_CONFIG), (NCHW, NUMBERS_CONFIG),
+        (NHWC, STRIPS_CONFIG),
     ):  # fmt: skip
         data = make_data(problem, "float32", 0.8, whole=True)
         bias = data.bias if problem is not NCHW else data.bias[:, None, None]
@@ -329,7 +332,12 @@ MISTAKES = {
         (r"y \* a\.geometry\.h\.stride \* a\.row_pitch", "y * a.row_pitch"),
         (r"if \(!contains\(output, y, x\)\) return -1;", ""),
         (r"local_number \* a\.chunks", "local_number"),
-        (r"if \(k < part\.outputs\) sums", "sums"),
+        (r"if \(k >= part\.outputs\) break;", ""),
+        (r"strip \* PIXELS \+ pixel", "strip * PIXELS"),
+        (r"const int y = strip \* PIXELS;", "const int y = strip;"),
+        (r"pixel \* OUTPUTS \+ k\] = number", "k] = number"),
+        (r"sums\.of \+ pixel \* OUTPUTS", "sums.of"),
+        (r"sums\.of\[k\] \+= partial", "sums.of[k] = partial"),
         (r"number < a\.items; number", "number + gridDim.x < a.items; number"),
         (r"turn = turn == ITEMS - 1 \? 0 : turn \+ 1;", "turn = 0;"),
         # Tiles: bounds, pitches, chunks.
