@@ -134,7 +134,7 @@ __device__ __forceinline__ int add_entries(
         for (int first = 0; first < count; first += WARP) {
             const int last = min(count, first + WARP);
             Accumulator partial[POSITIONS][SLOTS] = {};
-#pragma unroll 4
+#pragma unroll 2
             for (int i = first; i < last; ++i) {
                 const Entry entry = entries[i];
 #pragma unroll
