@@ -18,7 +18,7 @@ from hypothesis import given, settings
 import sparse_conv
 from sparse_conv import backends, costs, dense, explanation
 from sparse_conv.bridge import HOST, gpu_place, place_of
-from sparse_conv.choice import MARGIN, PASSES, Question, choose
+from sparse_conv.choice import MARGINS, PASSES, Question, choose
 from sparse_conv.convolution import Convolution
 from sparse_conv.costs import Estimate, Machine
 from sparse_conv.problem import make_problem, normalize_geometry
@@ -372,14 +372,14 @@ def test_measured_times_replace_the_models():
 
 def test_a_python_function_in_a_graph_costs():
     expected = choose(question(), FakeBackend(1.0)).estimates[-1].microseconds
-    backend = FakeBackend(expected / MARGIN - 1)
+    backend = FakeBackend(expected / MARGINS[HOST.kind] - 1)
     assert choose(question(), backend).algorithm == "generic"
     assert choose(question(traced=True), backend).algorithm == "dense"
 
 
 def test_ours_must_be_faster_by_more_than_the_models_are_wrong():
     expected = choose(question(), FakeBackend(1.0)).estimates[-1].microseconds
-    nearly = FakeBackend(expected / MARGIN + 1)
+    nearly = FakeBackend(expected / MARGINS[HOST.kind] + 1)
     assert choose(question(), nearly).algorithm == "dense"
     # What was measured needs no margin.
     measured = (Estimate("generic", 3.9, ""), Estimate("dense", 4.0, ""))

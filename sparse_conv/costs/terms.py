@@ -78,8 +78,8 @@ def dense_terms(
     Returns:
         "call" (1), "products" with the channels written rounded up, "both" with all of
         them rounded up, "unaligned" the same where they are no multiple of 4
-        (millions), "read", "write" and "weights" (megabytes), and "taps" (thousands,
-        undivided: they follow each other).
+        (millions), "read", "write" and "weights" (megabytes), and "taps" and "depth",
+        the products of an output (thousands, undivided: they follow each other).
     """
     p = problem
     ins, outs = p.group_channels, p.k // p.groups
@@ -92,6 +92,7 @@ def dense_terms(
     return {
         "call": 1.0,
         "taps": p.r * p.s / 1e3,
+        "depth": p.r * p.s * ins / 1e3,
         "products": pixels * ins * _rounded(outs, lanes) / share,
         "both": both,
         "unaligned": both if outs % 4 else 0.0,
