@@ -28,8 +28,10 @@ MOST_PRODUCTS = 60_000
 MOST_PIECES = 4096
 # Fewer channels of a group among others would be read one by one, from all over memory.
 LEAST_OUTPUTS = 4
-# Up to so many outputs a thread may have several pixels, or load channels one by one.
+# Up to so many outputs a thread may have several pixels.
 _FEW_OUTPUTS = 8
+# With fewer products for each input, channels may be loaded one by one.
+_FEW_PRODUCTS = 2
 # Several pixels have so many products at most: longer code takes longer to fetch than
 # they save. 11x11, 128 to 3 channels, 256x512, density 0.1, on an H100: 125 us with one
 # pixel, 162 with two; 32 to 3 channels: 30.4 and 28.7.
@@ -180,14 +182,12 @@ def _candidates(
 def _readings(gather: Gather, dtype: str, nnz: int) -> Iterator[tuple[int, bool]]:
     """Pixels of a thread, and whether it loads vectors.
 
-    Few outputs use few of the inputs that a thread loads for one pixel.
+    Few outputs, and few nonzeros, use few of the inputs that are loaded for a pixel.
     """
     group_out = gather.out_channels // gather.groups
-    if group_out > _FEW_OUTPUTS:
-        yield 1, True
-        return
-    choices = (True, False) if has_vectors(gather, dtype) else (True,)
-    for pixels in (1, 2, 4):
+    few = nnz < _FEW_PRODUCTS * gather.groups * gather.row_length
+    choices = (True, False) if few and has_vectors(gather, dtype) else (True,)
+    for pixels in (1, 2, 4) if group_out <= _FEW_OUTPUTS else (1,):
         if pixels == 1 or nnz * pixels <= _MOST_PIXEL_PRODUCTS:
             yield from ((pixels, vectors) for vectors in choices)
 
@@ -285,7 +285,9 @@ def baked_clocks(
     )
     computing += rounds * block.chunks * _CHUNK_CLOCKS
     if block.buffers == 1 and block.chunks * tiles > 1:
-        computing += tiles * block.chunks * _UNBUFFERED_CLOCKS
+        # Without other blocks, nothing goes on while a tile is loaded.
+        alone = block.tile.nbytes / _MEMORY_RATE if resident == 1 else 0.0
+        computing += tiles * block.chunks * (_UNBUFFERED_CLOCKS + alone)
     memory = _memory_clocks(gather, dtype, block, device)
     unhidden = _UNHIDDEN if resident < 3 else _UNHIDDEN_BLOCKS
     first = block.tile.nbytes / _MEMORY_RATE * _FIRST_TILE

@@ -275,6 +275,16 @@ def test_few_outputs_have_several_pixels_or_no_vectors():
         assert config.outputs == outputs
 
 
+def test_few_nonzeros_are_loaded_one_by_one():
+    gather = fprop_gather(make((1, 256, 512, 32), (11, 11, 32, 64)))
+    few, many = (
+        baked_plan.choose_baked_block(gather, "float32", nnz, LARGE_GPU).block
+        for nnz in (2_500, 25_000)
+    )
+    assert few.tile.vector == 1
+    assert many.tile.vector > 1
+
+
 def test_the_errors_of_few_sums_grow_with_their_chunks():
     problem = make((1, 5, 6, 512), (3, 3, 512, 3))
     data = make_data(problem, "float32", 1.0, whole=False)
