@@ -35,6 +35,8 @@ from sparse_conv.tensor_cache import cached
 # Raw memory is asked for in elements of a dtype that TensorFlow keeps on the GPU: its
 # int32 tensors live in host memory.
 _CELL = tf.float32
+_INDEX_BYTES = 4
+_ALIGNMENT = 16
 
 Operands = Mapping[str, Memory]
 
@@ -337,13 +339,19 @@ def _kernel_taps(gather: Gather, place: Place) -> Memory:
 def _compressed(w: tf.Tensor, gather: Gather, launch: Launch, place: Place) -> Operands:
     """The rows of a dense kernel, found on the GPU without a wait of the host."""
     slots = gather.rows * gather.row_length
-    results = {
-        "begin": bridge.empty((gather.rows,), _CELL, place),
-        "end": bridge.empty((gather.rows,), _CELL, place),
-        "indices": bridge.empty((slots,), _CELL, place),
-        "values": bridge.empty((slots,), w.dtype, place),
+    # One piece of memory for all, since each takes the host longer than the GPU.
+    sizes = {
+        "values": slots * w.dtype.size,
+        "indices": slots * _INDEX_BYTES,
+        "begin": gather.rows * _INDEX_BYTES,
+        "end": gather.rows * _INDEX_BYTES,
     }
-    rows = {name: bridge.memory_of(tensor) for name, tensor in results.items()}
+    padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values()]
+    _, together = bridge.output((sum(padded) // _CELL.size,), _CELL, place)
+    rows, address = {}, together.address
+    for name, size in zip(sizes, padded, strict=True):
+        rows[name] = Memory(address, together.owner)
+        address += size
     operands = {**rows, "kernel": known_memory(w)}
     ordinal = bridge.ordinal_of(place)
     step = Step(launch, ordinal, {"taps": _kernel_taps(gather, place)})
