@@ -119,20 +119,25 @@ def empty(shape: tuple[int, ...], dtype: tf.DType, place: Place) -> tf.Tensor:
 def output(
     shape: tuple[int, ...], dtype: tf.DType, place: Place
 ) -> tuple[tf.Tensor, Memory]:
-    """A tensor with arbitrary contents on a GPU, fast if it is small, and its memory.
+    """A tensor with arbitrary contents on a GPU, and its memory.
 
-    Making a tensor costs TensorFlow 20 us, as long as a small convolution takes. Small
-    ones are therefore parts of larger tensors that a pool keeps; see `_pool`.
+    Making a tensor costs TensorFlow 20 us, as long as a small convolution takes, and to
+    learn its address takes as long again. Small ones are therefore parts of larger
+    tensors that a pool keeps, see `_pool`; of large ones, the memory is used again, see
+    `Shelf`.
     """
     pooled = _POOLED.get(dtype)
     size = math.prod(shape) * dtype.size
     cupy = _cupy()
     # CuPy labels memory with the current GPU, and TensorFlow reads the label.
     labelled = cupy.cuda.runtime.getDevice() == ordinal_of(place) == place.index
-    if pooled is None or size > _POOLED_BYTES or not labelled:
+    if pooled is None or not labelled:
         tensor = empty(shape, dtype, place)
         return tensor, memory_of(tensor)
-    block = _pool(place).malloc(size)
+    if size > _POOLED_BYTES:
+        block = shelf(place).take(size)
+    else:
+        block = _pool(place).malloc(size)
     capsule = cupy.ndarray(shape, pooled, block).__dlpack__()
     return tf.experimental.dlpack.from_dlpack(capsule), Memory(block.ptr, block)
 
@@ -160,6 +165,8 @@ _POOLED = {
 }
 _POOLED_BYTES = 1 << 20
 _POOL_BYTES = 64 << 20
+# A shelf holds this part of a GPU's memory, at most.
+_SHELF_PART = 64
 
 
 @functools.cache
@@ -188,6 +195,62 @@ def _pool(place: Place) -> Any:
     allocator = cupy.cuda.PythonFunctionAllocator(allocate, free)
     pool = cupy.cuda.MemoryPool(allocator.malloc)
     return pool
+
+
+class Shelf:
+    """Memory of large tensors that have died, by its size, for others of that size.
+
+    Attributes:
+        most_bytes: What it holds at most, a small part of the GPU's memory.
+
+    As with the pool, every launch
+    waits for all work that the context has by then. There is no lock: what returns may
+    come from a garbage collection at any place, and each step is atomic in Python.
+    """
+
+    def __init__(self, place: Place):
+        self._place = place
+        self._idle: dict[int, list[Memory]] = {}
+        with _cupy().cuda.Device(ordinal_of(place)) as device:
+            self.most_bytes = device.mem_info[1] // _SHELF_PART
+
+    def take(self, size: int) -> Any:
+        """A CuPy pointer to memory of this size, which returns when nobody has it."""
+        try:
+            memory = self._idle[size].pop()
+        except (KeyError, IndexError):
+            memory = memory_of(empty((size,), tf.uint8, self._place))
+        cuda = _cupy().cuda
+        loan = _Loan(self, memory, size)
+        device = ordinal_of(self._place)
+        return cuda.MemoryPointer(
+            cuda.UnownedMemory(memory.address, size, loan, device), 0
+        )
+
+    def put(self, memory: Memory, size: int) -> None:
+        """Keeps memory, but lets go of all that is idle before it would be too much."""
+        idle = sum(size * len(all_of) for size, all_of in list(self._idle.items()))
+        if idle + size > self.most_bytes:
+            self._idle = {}
+        if size <= self.most_bytes:
+            self._idle.setdefault(size, []).append(memory)
+
+
+class _Loan:
+    """Memory from a shelf; goes back there when it dies."""
+
+    __slots__ = ("_memory", "_shelf", "_size")
+
+    def __init__(self, shelf: Shelf, memory: Memory, size: int):
+        self._shelf = shelf
+        self._memory = memory
+        self._size = size
+
+    def __del__(self) -> None:
+        self._shelf.put(self._memory, self._size)
+
+
+shelf = functools.cache(Shelf)
 
 
 def host_view(tensor: tf.Tensor) -> np.ndarray:
