@@ -31,7 +31,7 @@ LEAST_OUTPUTS = 4
 # Up to so many outputs a thread may have several pixels.
 _FEW_OUTPUTS = 8
 # With fewer products for each input, channels may be loaded one by one.
-_FEW_PRODUCTS = 2
+_FEW_PRODUCTS = 1
 # Several pixels have so many products at most: longer code takes longer to fetch than
 # they save. 11x11, 128 to 3 channels, 256x512, density 0.1, on an H100: 125 us with one
 # pixel, 162 with two; 32 to 3 channels: 30.4 and 28.7.
