@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from sparse_conv import backends, dense, execution
 from sparse_conv.activations import Activation
-from sparse_conv.bridge import HOST, Place, gpu_place
+from sparse_conv.bridge import HOST, Place, gpu_place, place_of
 from sparse_conv.convolution import Convolution, Pass, check_dense, known_nonzeros
 from sparse_conv.graph import call_in_graph, chosen_device
 from sparse_conv.problem import infer_output_shape
@@ -45,23 +45,32 @@ def fprop(
     activation: Activation,
 ) -> tf.Tensor:
     """The forward pass; see `autodiff.fprop` for the arguments."""
-
-    def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        return execution.fprop(convolution, x, w, bias, activation)
-
     shape = None
     if x.shape.rank is not None and w.shape.rank is not None:
         kernel_shape = convolution.kernel_shape(w.shape.as_list())
         shape = infer_output_shape(
             x.shape.as_list(), kernel_shape, convolution.geometry
         )
-    operands = [x, w] if bias is None else [x, w, bias]
+    others = [] if bias is None else [bias]
     one = _static_pass(convolution, "fprop", x.shape, w.shape, x.dtype, shape)
     if one is not None and _is_dense(convolution, one, w):
         with _at(one.place):
             return dense.graph_fprop(
-                one.problem, one.place, convolution.pattern, operands, activation, shape
+                one.problem,
+                one.place,
+                convolution.pattern,
+                [x, w, *others],
+                activation,
+                shape,
             )
+    constant = _constant(convolution, w)
+
+    def run(x: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
+        kernel, *biases = rest if constant is None else (constant, *rest)
+        (bias,) = biases or (None,)
+        return execution.fprop(convolution, x, kernel, bias, activation)
+
+    operands = [x, *([w] if constant is None else []), *others]
     return call_in_graph(run, operands, x.dtype, shape, _device(convolution, x))
 
 
@@ -69,10 +78,6 @@ def dgrad(
     convolution: Convolution, input_shape: Shape, dy: tf.Tensor, w: tf.Tensor
 ) -> tf.Tensor:
     """The gradient to the input; see `autodiff.dgrad` for the arguments."""
-
-    def run(dy: tf.Tensor, w: tf.Tensor, *value: tf.Tensor) -> tf.Tensor:
-        return execution.dgrad(convolution, _known_shape(input_shape, value), dy, w)
-
     value, static = _operand_of(input_shape)
     one = _static_pass(convolution, "dgrad", static, w.shape, dy.dtype, input_shape)
     if one is not None and _is_dense(convolution, one, w):
@@ -80,8 +85,16 @@ def dgrad(
             return dense.graph_dgrad(
                 one.problem, one.place, convolution.pattern, [dy, w], one.shape
             )
+    constant = _constant(convolution, w)
+
+    def run(dy: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
+        kernel, *value = rest if constant is None else (constant, *rest)
+        shape = _known_shape(input_shape, value)
+        return execution.dgrad(convolution, shape, dy, kernel)
+
+    operands = [dy, *([w] if constant is None else []), *value]
     device = _device(convolution, dy)
-    return call_in_graph(run, [dy, w, *value], dy.dtype, static, device)
+    return call_in_graph(run, operands, dy.dtype, static, device)
 
 
 def wgrad(
@@ -121,6 +134,18 @@ def _static_pass(
     if 0 in w_shape and convolution.algorithm != "dense":
         return None
     return Pass(name, problem, dtype, _place(convolution, dtype), tuple(shape))
+
+
+def _constant(convolution: Convolution, w: tf.Tensor) -> tf.Tensor | None:
+    """The eager tensor that a graph's kernel always is, where the graph needs it.
+
+    What was derived from it for one call, its rows or its code, serves the next one. A
+    graph hands it over as a new tensor each time.
+    """
+    kernel = captured_tensor(w)
+    if not isinstance(kernel, EagerTensor):
+        return None
+    return kernel if place_of(kernel) == _place(convolution, kernel.dtype) else None
 
 
 def _is_dense(convolution: Convolution, one: Pass, w: tf.Tensor | None) -> bool:

@@ -480,6 +480,45 @@ def test_saved_model_of_a_function_around_the_convolution(tmp_path):
     np.testing.assert_array_equal(loaded.call(x).numpy(), expected)
 
 
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_a_kernel_that_never_changes_is_the_same_tensor_in_every_call(
+    backend, sparse, monkeypatch
+):
+    dense = tf.constant(np.ones(KERNEL, np.float32))
+    kernel = sparse_conv.SparseKernel.from_dense(dense) if sparse else dense
+    weights = kernel.values if sparse else dense
+    met = []
+
+    def note(name: str, place: int) -> None:
+        run = getattr(execution, name)
+
+        def noted(*operands):
+            met.append((name, operands[place] is weights))
+            return run(*operands)
+
+        monkeypatch.setattr(execution, name, noted)
+
+    note("fprop", 2)
+    note("dgrad", 3)
+
+    @tf.function
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = ours.conv2d(x, kernel, 1, "SAME", bias=tf.ones(KERNEL[-1]))
+        return y, tape.gradient(y, x)
+
+    for factor in (1, 2):
+        y, dx = gradient(factor * tf.ones(X))
+        assert tf.reduce_max(y).numpy() == 36 * factor + 1
+        assert tf.reduce_max(dx).numpy() == 54
+    assert met == 2 * [("fprop", True), ("dgrad", True)]
+    # What is given as an argument may be another one in each call.
+    met.clear()
+    tf.function(lambda x, w: ours.conv2d(x, w, 1, "SAME"))(tf.ones(X), dense)
+    assert met == [("fprop", False)]
+
+
 @pytest.mark.gpu
 def test_every_pass_of_unknown_shapes_runs_where_its_operands_are(monkeypatch):
     skip_unless_usable("cuda")
