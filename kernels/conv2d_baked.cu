@@ -453,7 +453,7 @@ __device__ __forceinline__ void meet() {
 #define PARTIAL_SUMS 16
 
 // Adds a chunk's products to the sums. Where there are registers, they have sums of their
-// own, so that rounding errors grow with the number of chunks and of a chunk's products.
+// own: rounding errors then grow with the number of chunks, plus that of a chunk's products.
 __device__ __forceinline__ void add_chunk(int piece, const char* place, Sums& sums) {
 #if MANY_CHUNKS && PIXELS * OUTPUTS <= PARTIAL_SUMS
     Sums partial = {};

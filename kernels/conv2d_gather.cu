@@ -134,6 +134,8 @@ __device__ __forceinline__ int add_entries(
         for (int first = 0; first < count; first += WARP) {
             const int last = min(count, first + WARP);
             Accumulator partial[POSITIONS][SLOTS] = {};
+            // Twice: 59.2 us, 4 times: 60.4, once: 61.6 (11x11, 3 to 64 channels, 256x512,
+            // density 0.1, on an H100).
 #pragma unroll 2
             for (int i = first; i < last; ++i) {
                 const Entry entry = entries[i];

@@ -26,7 +26,7 @@ MOST_PRODUCTS = 60_000
 # The compiler's time grows with the number of pieces, too: 2 s for 1,024 of them in one
 # function, 23 s for 4,096.
 MOST_PIECES = 4096
-# Fewer channels of a group among others would be read one by one, from all over memory.
+# One of several groups with fewer outputs would read few channels from all over memory.
 LEAST_OUTPUTS = 4
 # Up to so many outputs a thread may have several pixels.
 _FEW_OUTPUTS = 8
@@ -145,7 +145,7 @@ def choose_baked_block(
         best,
         best_clocks,
         f"code for {nnz} weights: tiles of {config.tile_h}x{config.tile_w} outputs, "
-        f"{config.outputs} output channels and {config.pixels} pixels a thread, "
+        f"{config.outputs} output channels of {config.pixels} pixel(s) a thread, "
         f"{config.chunk} input channels at a time",
     )
 
@@ -185,10 +185,11 @@ def _readings(gather: Gather, dtype: str, nnz: int) -> Iterator[tuple[int, bool]
     Few outputs, and few nonzeros, use few of the inputs that are loaded for a pixel.
     """
     group_out = gather.out_channels // gather.groups
-    few = nnz < _FEW_PRODUCTS * gather.groups * gather.row_length
+    part = nnz / (gather.h.row_sets * gather.w.row_sets * gather.groups)
+    few = part < _FEW_PRODUCTS * gather.row_length
     choices = (True, False) if few and has_vectors(gather, dtype) else (True,)
     for pixels in (1, 2, 4) if group_out <= _FEW_OUTPUTS else (1,):
-        if pixels == 1 or nnz * pixels <= _MOST_PIXEL_PRODUCTS:
+        if pixels == 1 or part * pixels <= _MOST_PIXEL_PRODUCTS:
             yield from ((pixels, vectors) for vectors in choices)
 
 

@@ -105,7 +105,13 @@ def known_memory(tensor: tf.Tensor) -> Memory:
 
 @functools.lru_cache(maxsize=1024)
 def shape_tensor(shape: tuple[int, ...]) -> tf.Tensor:
-    """A shape as a tensor in host memory, which TensorFlow takes faster."""
+    """A shape as a tensor in host memory, which TensorFlow takes faster.
+
+    Raises:
+        ValueError: An extent is too large; TensorFlow would take its low bits alone.
+    """
+    if max(shape, default=0) >= 2**31:
+        raise ValueError(f"An extent must be below 2^31. Received: {shape}")
     with tf.init_scope(), tf.device("/CPU:0"):
         return tf.constant(shape, tf.int32, shape=(len(shape),))
 
@@ -123,15 +129,15 @@ def output(
 
     Making a tensor costs TensorFlow 20 us, as long as a small convolution takes, and to
     learn its address takes as long again. Small ones are therefore parts of larger
-    tensors that a pool keeps, see `_pool`; of large ones, the memory is used again, see
-    `Shelf`.
+    tensors that a pool keeps, see `_pool`; the memory of larger ones is used again, see
+    `Shelf`; the largest are TensorFlow's.
     """
     pooled = _POOLED.get(dtype)
     size = math.prod(shape) * dtype.size
     cupy = _cupy()
     # CuPy labels memory with the current GPU, and TensorFlow reads the label.
     labelled = cupy.cuda.runtime.getDevice() == ordinal_of(place) == place.index
-    if pooled is None or not labelled:
+    if pooled is None or not labelled or size > shelf(place).most_bytes:
         tensor = empty(shape, dtype, place)
         return tensor, memory_of(tensor)
     if size > _POOLED_BYTES:
@@ -165,8 +171,9 @@ _POOLED = {
 }
 _POOLED_BYTES = 1 << 20
 _POOL_BYTES = 64 << 20
-# A shelf holds this part of a GPU's memory, at most.
+# A shelf holds this part of TensorFlow's memory, at most.
 _SHELF_PART = 64
+_ROW_BYTES = 4096
 
 
 @functools.cache
@@ -200,26 +207,27 @@ def _pool(place: Place) -> Any:
 class Shelf:
     """Memory of large tensors that have died, by its size, for others of that size.
 
-    Attributes:
-        most_bytes: What it holds at most, a small part of the GPU's memory.
+    Its next user may write it at once, because every launch waits for all work that the
+    context has by then. There is no lock: what returns may come from a garbage
+    collection at any place, and each step on a list or a dictionary is atomic.
 
-    As with the pool, every launch
-    waits for all work that the context has by then. There is no lock: what returns may
-    come from a garbage collection at any place, and each step is atomic in Python.
+    Attributes:
+        most_bytes: What it holds at most, a small part of what TensorFlow has.
     """
 
     def __init__(self, place: Place):
         self._place = place
         self._idle: dict[int, list[Memory]] = {}
         with _cupy().cuda.Device(ordinal_of(place)) as device:
-            self.most_bytes = device.mem_info[1] // _SHELF_PART
+            total = device.mem_info[1]
+        self.most_bytes = min(total, _configured_bytes(place) or total) // _SHELF_PART
 
     def take(self, size: int) -> Any:
         """A CuPy pointer to memory of this size, which returns when nobody has it."""
         try:
             memory = self._idle[size].pop()
         except (KeyError, IndexError):
-            memory = memory_of(empty((size,), tf.uint8, self._place))
+            memory = self._new(size)
         cuda = _cupy().cuda
         loan = _Loan(self, memory, size)
         device = ordinal_of(self._place)
@@ -227,13 +235,36 @@ class Shelf:
             cuda.UnownedMemory(memory.address, size, loan, device), 0
         )
 
+    def _new(self, size: int) -> Memory:
+        # In rows, because TensorFlow's extents have 32 bits.
+        shape = (-(-size // _ROW_BYTES), _ROW_BYTES)
+        try:
+            return memory_of(empty(shape, tf.uint8, self._place))
+        except tf.errors.ResourceExhaustedError:
+            self._idle = {}
+        return memory_of(empty(shape, tf.uint8, self._place))
+
     def put(self, memory: Memory, size: int) -> None:
         """Keeps memory, but lets go of all that is idle before it would be too much."""
-        idle = sum(size * len(all_of) for size, all_of in list(self._idle.items()))
-        if idle + size > self.most_bytes:
+        if size > self.most_bytes:
+            return
+        idle = self._idle
+        # Keys alone: to list pairs could start a garbage collection, which comes here.
+        held = sum(one * len(idle[one]) for one in list(idle))
+        if held + size > self.most_bytes:
             self._idle = {}
-        if size <= self.most_bytes:
-            self._idle.setdefault(size, []).append(memory)
+        self._idle.setdefault(size, []).append(memory)
+
+
+def _configured_bytes(place: Place) -> int | None:
+    """What TensorFlow was told to take of a GPU at most; None if nothing was said."""
+    configured = [
+        one
+        for gpu in tf.config.get_visible_devices("GPU")
+        for one in tf.config.get_logical_device_configuration(gpu) or [None]
+    ]
+    one = configured[place.index] if place.index < len(configured) else None
+    return one.memory_limit * 2**20 if one and one.memory_limit else None
 
 
 class _Loan:

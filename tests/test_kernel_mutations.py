@@ -338,6 +338,7 @@ MISTAKES = {
         (r"pixel \* OUTPUTS \+ k\] = number", "k] = number"),
         (r"sums\.of \+ pixel \* OUTPUTS", "sums.of"),
         (r"sums\.of\[k\] \+= partial", "sums.of[k] = partial"),
+        (r"Sums partial = \{\}", "Sums partial = sums"),
         (r"number < a\.items; number", "number + gridDim.x < a.items; number"),
         (r"turn = turn == ITEMS - 1 \? 0 : turn \+ 1;", "turn = 0;"),
         # Tiles: bounds, pitches, chunks.

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import types
 import weakref
 from collections.abc import Iterator
 
@@ -217,6 +218,77 @@ def test_nothing_keeps_tensors_alive(backend):
     del x, kernel, bias, y, gradients, tape
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
+
+
+@pytest.fixture
+def shelf(monkeypatch) -> bridge.Shelf:
+    """A shelf of 100 bytes in host memory, whose loans are called loans."""
+
+    class Device:
+        mem_info = (0, 6400)
+        __enter__ = __exit__ = lambda self, *_: self
+
+    cuda = types.SimpleNamespace(
+        Device=lambda _: Device(),
+        UnownedMemory=lambda address, size, owner, device: owner,
+        MemoryPointer=lambda memory, offset: memory,
+    )
+    monkeypatch.setattr(bridge, "_cupy", lambda: types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(bridge, "ordinal_of", lambda place: 0)
+    monkeypatch.setattr(
+        bridge, "memory_of", lambda tensor: bridge.Memory(id(tensor), tensor)
+    )
+    return bridge.Shelf(bridge.HOST)
+
+
+def test_a_shelf_gives_memory_of_the_same_size_again(shelf):
+    def address(loan) -> int:
+        return loan._memory.address
+
+    first, second = shelf.take(40), shelf.take(40)
+    used = address(first)
+    assert used != address(second)
+    del first
+    other = shelf.take(50)
+    assert address(other) != used
+    third = shelf.take(40)
+    assert address(third) == used
+    # 40 + 40 + 50 bytes are too much for it: the first ones go.
+    del second, third
+    assert sum(map(len, shelf._idle.values())) == 2
+    del other
+    assert {size: len(idle) for size, idle in shelf._idle.items()} == {50: 1}
+    # What it couldn't hold at all drives nothing out.
+    large = shelf.take(101)
+    del large
+    assert {size: len(idle) for size, idle in shelf._idle.items()} == {50: 1}
+
+
+def test_a_shelf_gives_way_where_memory_is_short(shelf, monkeypatch):
+    held = shelf.take(40)
+    del held
+    failures = [tf.errors.ResourceExhaustedError(None, None, "full")]
+    real = bridge.empty
+
+    def empty(*arguments):
+        if failures:
+            raise failures.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(bridge, "empty", empty)
+    loan = shelf.take(50)
+    assert loan is not None
+    assert not shelf._idle
+
+
+def test_large_memory_is_not_asked_for_in_low_bits(shelf, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bridge, "empty", lambda shape, *_: asked.append(shape))
+    shelf.take(2**32 + 17)
+    ((rows, row_bytes),) = asked
+    assert 0 <= rows * row_bytes - (2**32 + 17) < row_bytes
+    with pytest.raises(ValueError, match=r"below 2\^31\. Received: \(2, 2147483648\)"):
+        bridge.shape_tensor((2, 2**31))
 
 
 def test_results_do_not_share_memory():

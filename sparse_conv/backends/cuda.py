@@ -36,6 +36,7 @@ from sparse_conv.tensor_cache import cached
 # int32 tensors live in host memory.
 _CELL = tf.float32
 _INDEX_BYTES = 4
+# Of arrays in one piece of memory: more than any function wants.
 _ALIGNMENT = 16
 
 Operands = Mapping[str, Memory]
@@ -339,7 +340,8 @@ def _kernel_taps(gather: Gather, place: Place) -> Memory:
 def _compressed(w: tf.Tensor, gather: Gather, launch: Launch, place: Place) -> Operands:
     """The rows of a dense kernel, found on the GPU without a wait of the host."""
     slots = gather.rows * gather.row_length
-    # One piece of memory for all, since each takes the host longer than the GPU.
+    # One piece of memory: to make one, and to learn its address, takes the host some
+    # 50 us.
     sizes = {
         "values": slots * w.dtype.size,
         "indices": slots * _INDEX_BYTES,
@@ -347,7 +349,9 @@ def _compressed(w: tf.Tensor, gather: Gather, launch: Launch, place: Place) -> O
         "end": gather.rows * _INDEX_BYTES,
     }
     padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values()]
-    _, together = bridge.output((sum(padded) // _CELL.size,), _CELL, place)
+    # In rows, whose number needs no more than 31 bits.
+    shape = (sum(padded) // _ALIGNMENT, _ALIGNMENT // _CELL.size)
+    _, together = bridge.output(shape, _CELL, place)
     rows, address = {}, together.address
     for name, size in zip(sizes, padded, strict=True):
         rows[name] = Memory(address, together.owner)

@@ -114,7 +114,7 @@ class BakedCode:
         """The compiled functions for these values.
 
         Args:
-            values: The kernel's values. A graph hands the same memory over in a new
+            values: The kernel's values. A graph may hand the same memory over in a new
                 tensor at each call.
             waits: Whether to wait for the compiler.
 

@@ -87,12 +87,13 @@ def dense_terms(
     if pass_name == "dgrad":
         ins, outs, read, write = outs, ins, write, read
     pixels = p.n * p.p * p.q * p.r * p.s * p.groups
+    depth = p.n * p.p * p.q if pass_name == "wgrad" else p.r * p.s * ins
     share = _MEGA * machine.units
     both = pixels * _rounded(ins, lanes) * _rounded(outs, lanes) / share
     return {
         "call": 1.0,
         "taps": p.r * p.s / 1e3,
-        "depth": p.r * p.s * ins / 1e3,
+        "depth": depth / 1e3,
         "products": pixels * ins * _rounded(outs, lanes) / share,
         "both": both,
         "unaligned": both if outs % 4 else 0.0,
