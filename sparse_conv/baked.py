@@ -27,10 +27,10 @@ from sparse_conv.launch import (
 from sparse_conv.pattern import Rows
 from sparse_conv.tiling import (
     PACKS,
-    QUAD,
     RESERVED_BYTES,
     DeviceLimits,
     Tiling,
+    has_quads,
     is_near,
     make_tiling,
     memory_steps,
@@ -81,6 +81,11 @@ class BakedConfig:
     def sums(self) -> int:
         """Sums of a thread."""
         return self.outputs * self.pixels
+
+    @property
+    def thread_rows(self) -> int:
+        """Rows of threads that a tile takes."""
+        return -(-self.tile_h // self.pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +182,7 @@ def make_baked_block(
         return None
     if _longest_step(gather, config, tile) > GRID_LIMIT:
         return None
-    if -(-config.tile_h // config.pixels) * config.tile_w > config.warps * WARP:
+    if config.thread_rows * config.tile_w > config.warps * WARP:
         return None
     return BakedBlock(
         config,
@@ -241,8 +246,8 @@ def _stage_pitch(gather: Gather, dtype: str) -> int:
 
 def _make_tile(gather: Gather, dtype: str, config: BakedConfig) -> Tile:
     slots, accumulator = PACKS[dtype]
-    strips_h = -(-config.tile_h // config.pixels) * config.pixels
-    extent_h = (strips_h - 1) * gather.h.stride + gather.h.taps
+    height = config.thread_rows * config.pixels
+    extent_h = (height - 1) * gather.h.stride + gather.h.taps
     extent_w = (config.tile_w - 1) * gather.w.stride + gather.w.taps
     columns = -(-extent_w // gather.w.stride)
     channels_last = gather.data_format == "NHWC"
@@ -505,7 +510,7 @@ def baked_launch(
         block.chunks,
         tile.nbytes if block.buffers > 1 else 0,
         block.stage,
-        int(_stores_quads(gather, config)),
+        int(has_quads(gather, config.outputs)),
         function.parts.start,
         *divisor_words(block.tiling.subtiles),
         *divisor_words(gather.groups * block.group_parts),
@@ -523,13 +528,6 @@ def baked_launch(
         _POINTERS,
         pack_words(geometry_longs(gather), words),
         function.code,
-    )
-
-
-def _stores_quads(gather: Gather, config: BakedConfig) -> bool:
-    group_out = gather.out_channels // gather.groups
-    return gather.data_format == "NHWC" and not (
-        gather.out_channels % QUAD or group_out % QUAD or config.outputs % QUAD
     )
 
 

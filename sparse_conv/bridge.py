@@ -137,13 +137,15 @@ def output(
     cupy = _cupy()
     # CuPy labels memory with the current GPU, and TensorFlow reads the label.
     labelled = cupy.cuda.runtime.getDevice() == ordinal_of(place) == place.index
-    if pooled is None or not labelled or size > shelf(place).most_bytes:
+    block = None
+    if pooled is not None and labelled:
+        if size <= _POOLED_BYTES:
+            block = _pool(place).malloc(size)
+        elif size <= shelf(place).most_bytes:
+            block = shelf(place).take(size)
+    if block is None:
         tensor = empty(shape, dtype, place)
         return tensor, memory_of(tensor)
-    if size > _POOLED_BYTES:
-        block = shelf(place).take(size)
-    else:
-        block = _pool(place).malloc(size)
     capsule = cupy.ndarray(shape, pooled, block).__dlpack__()
     return tf.experimental.dlpack.from_dlpack(capsule), Memory(block.ptr, block)
 
@@ -248,12 +250,15 @@ class Shelf:
         """Keeps memory, but lets go of all that is idle before it would be too much."""
         if size > self.most_bytes:
             return
-        idle = self._idle
-        # Keys alone: to list pairs could start a garbage collection, which comes here.
-        held = sum(one * len(idle[one]) for one in list(idle))
-        if held + size > self.most_bytes:
+        if self.idle_bytes() + size > self.most_bytes:
             self._idle = {}
         self._idle.setdefault(size, []).append(memory)
+
+    def idle_bytes(self) -> int:
+        """What it holds now."""
+        idle = self._idle
+        # Keys alone: to list pairs could start a garbage collection, which calls `put`.
+        return sum(size * len(idle[size]) for size in list(idle))
 
 
 def _configured_bytes(place: Place) -> int | None:

@@ -8,7 +8,8 @@ whenever the graph runs. Knows what a graph needs to know beforehand: shapes, de
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -63,14 +64,12 @@ def fprop(
                 activation,
                 shape,
             )
-    constant = _constant(convolution, w)
 
-    def run(x: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
-        kernel, *biases = rest if constant is None else (constant, *rest)
-        (bias,) = biases or (None,)
-        return execution.fprop(convolution, x, kernel, bias, activation)
+    def run(w: tf.Tensor, x: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
+        return execution.fprop(convolution, x, w, bias, activation)
 
-    operands = [x, *([w] if constant is None else []), *others]
+    run, kernel = _bound(run, convolution, w)
+    operands = [*kernel, x, *others]
     return call_in_graph(run, operands, x.dtype, shape, _device(convolution, x))
 
 
@@ -85,14 +84,12 @@ def dgrad(
             return dense.graph_dgrad(
                 one.problem, one.place, convolution.pattern, [dy, w], one.shape
             )
-    constant = _constant(convolution, w)
 
-    def run(dy: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
-        kernel, *value = rest if constant is None else (constant, *rest)
-        shape = _known_shape(input_shape, value)
-        return execution.dgrad(convolution, shape, dy, kernel)
+    def run(w: tf.Tensor, dy: tf.Tensor, *value: tf.Tensor) -> tf.Tensor:
+        return execution.dgrad(convolution, _known_shape(input_shape, value), dy, w)
 
-    operands = [dy, *([w] if constant is None else []), *value]
+    run, kernel = _bound(run, convolution, w)
+    operands = [*kernel, dy, *value]
     device = _device(convolution, dy)
     return call_in_graph(run, operands, dy.dtype, static, device)
 
@@ -136,16 +133,21 @@ def _static_pass(
     return Pass(name, problem, dtype, _place(convolution, dtype), tuple(shape))
 
 
-def _constant(convolution: Convolution, w: tf.Tensor) -> tf.Tensor | None:
-    """The eager tensor that a graph's kernel always is, where the graph needs it.
+def _bound(
+    run: Callable[..., tf.Tensor], convolution: Convolution, w: tf.Tensor
+) -> tuple[Callable[..., tf.Tensor], list[tf.Tensor]]:
+    """`run` and what it takes first, the kernel; or with the kernel filled in.
 
-    What was derived from it for one call, its rows or its code, serves the next one. A
-    graph hands it over as a new tensor each time.
+    A graph hands it over as a new tensor each time. If it is always the same one, and
+    where the graph needs it, that one is taken: then what was derived from it for one
+    call, its rows or its code, serves the next.
     """
     kernel = captured_tensor(w)
     if not isinstance(kernel, EagerTensor):
-        return None
-    return kernel if place_of(kernel) == _place(convolution, kernel.dtype) else None
+        return run, [w]
+    if place_of(kernel) != _place(convolution, kernel.dtype):
+        return run, [w]
+    return functools.partial(run, kernel), []
 
 
 def _is_dense(convolution: Convolution, one: Pass, w: tf.Tensor | None) -> bool:

@@ -239,17 +239,14 @@ def stores_quads(gather: Gather, config: TileConfig) -> bool:
     # With eight rows a warp, scalar stores were faster: 95 us instead of 106 for
     # 3x3, 64 to 64 channels, 56x56, batch 32; with four, quads: 64 instead of 68 us for
     # 11x11, 3 to 64 channels, 256x512.
-    return (
-        gather.data_format == "NHWC"
-        and config.rows == 4
-        and not any(
-            channels % QUAD
-            for channels in (
-                config.warp_rows,
-                gather.out_channels,
-                gather.out_channels // gather.groups,
-            )
-        )
+    return config.rows == 4 and has_quads(gather, config.warp_rows)
+
+
+def has_quads(gather: Gather, outputs: int) -> bool:
+    """Whether `outputs` channels of a pixel at a time are aligned quads in memory."""
+    group_out = gather.out_channels // gather.groups
+    return gather.data_format == "NHWC" and not any(
+        channels % QUAD for channels in (outputs, gather.out_channels, group_out)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -480,6 +481,17 @@ def test_saved_model_of_a_function_around_the_convolution(tmp_path):
     np.testing.assert_array_equal(loaded.call(x).numpy(), expected)
 
 
+def watch(monkeypatch, name: str, see: Callable[[str, tuple], None]) -> None:
+    """Shows every call of a pass to `see`: its name and operands."""
+    run = getattr(execution, name)
+
+    def seen(*operands):
+        see(name, operands)
+        return run(*operands)
+
+    monkeypatch.setattr(execution, name, seen)
+
+
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 def test_a_kernel_that_never_changes_is_the_same_tensor_in_every_call(
     backend, sparse, monkeypatch
@@ -488,18 +500,13 @@ def test_a_kernel_that_never_changes_is_the_same_tensor_in_every_call(
     kernel = sparse_conv.SparseKernel.from_dense(dense) if sparse else dense
     weights = kernel.values if sparse else dense
     met = []
+    places = {"fprop": 2, "dgrad": 3}
 
-    def note(name: str, place: int) -> None:
-        run = getattr(execution, name)
+    def note(name: str, operands: tuple) -> None:
+        met.append((name, operands[places[name]] is weights))
 
-        def noted(*operands):
-            met.append((name, operands[place] is weights))
-            return run(*operands)
-
-        monkeypatch.setattr(execution, name, noted)
-
-    note("fprop", 2)
-    note("dgrad", 3)
+    for name in places:
+        watch(monkeypatch, name, note)
 
     @tf.function
     def gradient(x):
@@ -524,20 +531,14 @@ def test_every_pass_of_unknown_shapes_runs_where_its_operands_are(monkeypatch):
     skip_unless_usable("cuda")
     devices = set()
 
-    def note(name: str) -> None:
-        run = getattr(execution, name)
-
-        def noted(*operands):
-            tensors = [one for one in operands if isinstance(one, tf.Tensor)]
-            for tensor in tensors:
-                kind = tf.DeviceSpec.from_string(tensor.backing_device).device_type
-                devices.add((name, kind))
-            return run(*operands)
-
-        monkeypatch.setattr(execution, name, noted)
+    def note(name: str, operands: tuple) -> None:
+        tensors = [one for one in operands if isinstance(one, tf.Tensor)]
+        for tensor in tensors:
+            kind = tf.DeviceSpec.from_string(tensor.backing_device).device_type
+            devices.add((name, kind))
 
     for name in ("fprop", "dgrad", "wgrad"):
-        note(name)
+        watch(monkeypatch, name, note)
     kernel = tf.constant(np.ones((3, 3, 2, 4), np.float32))
 
     @tf.function(input_signature=[tf.TensorSpec([None] * 4)])

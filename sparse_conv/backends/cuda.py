@@ -312,11 +312,16 @@ def _upload_rows(rows: Rows, place: Place) -> Operands:
     if rows.order is not None:
         arrays["order"] = rows.order
     together = _upload(np.concatenate(list(arrays.values())), place)
-    operands, address = {}, together.address
-    for name, array in arrays.items():
-        operands[name] = Memory(address, together.owner)
-        address += array.nbytes
-    return operands
+    return _pieces(together, {name: array.nbytes for name, array in arrays.items()})
+
+
+def _pieces(together: Memory, sizes: Mapping[str, int]) -> dict[str, Memory]:
+    """Pieces of some memory that follow each other, of so many bytes each."""
+    pieces, address = {}, together.address
+    for name, size in sizes.items():
+        pieces[name] = Memory(address, together.owner)
+        address += size
+    return pieces
 
 
 def _upload(array: np.ndarray, place: Place) -> Memory:
@@ -348,14 +353,11 @@ def _compressed(w: tf.Tensor, gather: Gather, launch: Launch, place: Place) -> O
         "begin": gather.rows * _INDEX_BYTES,
         "end": gather.rows * _INDEX_BYTES,
     }
-    padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values()]
+    padded = {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}
     # In rows, whose number needs no more than 31 bits.
-    shape = (sum(padded) // _ALIGNMENT, _ALIGNMENT // _CELL.size)
+    shape = (sum(padded.values()) // _ALIGNMENT, _ALIGNMENT // _CELL.size)
     _, together = bridge.output(shape, _CELL, place)
-    rows, address = {}, together.address
-    for name, size in zip(sizes, padded, strict=True):
-        rows[name] = Memory(address, together.owner)
-        address += size
+    rows = _pieces(together, padded)
     operands = {**rows, "kernel": known_memory(w)}
     ordinal = bridge.ordinal_of(place)
     step = Step(launch, ordinal, {"taps": _kernel_taps(gather, place)})
