@@ -297,6 +297,26 @@ def test_few_sums_have_partial_ones_for_each_chunk():
     np.testing.assert_array_equal(got, np.float32(2**24 + 31 * 16))
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_inputs_with_small_weights_are_added_first(config):
+    problem = make((1, 9, 12, 8), (3, 3, 8, 6))
+    data = make_data(problem, "float32", 0.5, whole=False)
+    (call,) = baked_fprop_calls(problem, data, "float32", config)
+    pieces = call.launch.code.split("case ")[1:]
+    assert pieces
+    for piece in pieces:
+        loads = re.split(r"LOAD(?:_VECTOR)?\(\d+\)", piece)[1:]
+        means = [
+            np.mean(np.abs(np.array(
+                [int(bits, 16) for bits in re.findall(r"ADD\(\d+, \d+, (\w+)\)", load)],
+                np.uint32,
+            ).view(np.float32)))
+            for load in loads
+        ]  # fmt: skip
+        assert len(means) > 1
+        assert (np.diff(means) >= -1e-6).all()
+
+
 def test_pieces_are_bounded(monkeypatch):
     gather = dgrad_gather(make((1, 40, 40, 64), (3, 3, 4, 64), 4))
     choice = baked_plan.choose_baked_block(gather, "float32", 200, LARGE_GPU)
