@@ -27,7 +27,7 @@ from sparse_conv import backends, costs, dense
 from sparse_conv._cli import machine as machine_names
 from sparse_conv.activations import LINEAR
 from sparse_conv.bridge import HOST, Place, gpu_place
-from sparse_conv.choice import MARGINS, PASSES
+from sparse_conv.choice import PASSES, favoured
 from sparse_conv.costs.terms import sparse_terms
 from sparse_conv.explanation import median_microseconds
 from sparse_conv.problem import Problem, make_problem, normalize_geometry
@@ -313,9 +313,7 @@ def print_errors(samples: Sequence[Sample], models: dict[str, dict]) -> None:
         print(f"{model:<24}{len(own):>8}{cells}")
 
 
-def print_losses(
-    samples: Sequence[Sample], models: dict[str, dict], margin: float
-) -> None:
+def print_losses(samples: Sequence[Sample], models: dict[str, dict], kind: str) -> None:
     """What the choice by the models loses against the faster algorithm."""
     dense_of = {one.subject[:2]: one for one in samples if one.subject[2] is None}
     losses = []
@@ -323,7 +321,7 @@ def print_losses(
         theirs = dense_of.get(ours.subject[:2])
         if ours.subject[2] is None or theirs is None:
             continue
-        takes_ours = predicted(ours, models) * margin < predicted(theirs, models)
+        takes_ours = predicted(ours, models) < favoured(predicted(theirs, models), kind)
         chosen = ours if takes_ours else theirs
         best = min(ours.microseconds, theirs.microseconds)
         losses.append((chosen.microseconds / best, ours, theirs))
@@ -416,7 +414,7 @@ def main() -> int:
         "python_function": round(python_function_microseconds(bench.place)),
     }
     print_errors(samples, models)
-    print_losses(samples, models, MARGINS[bench.place.kind])
+    print_losses(samples, models, bench.place.kind)
     path = arguments.output / f"{bench.machine.kind}.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"\nwrote {path}")

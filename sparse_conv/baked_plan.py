@@ -58,6 +58,10 @@ _FETCH_POWER = 0.37
 _FIRST_RATE = 2.0
 _DOOR_RATE = 11.8
 _DOORS = 8
+# The code of all parts together that a GPU keeps from one launch to the next; what is
+# beyond comes so many bytes a clock for all multiprocessors together.
+_KEPT_BYTES = 350 * 1024
+_KEPT_RATE = 8.2
 # The warps of a block that walk together; others have to be served by themselves.
 _TOGETHER = 8
 # Part of the peak that arithmetic reaches.
@@ -315,7 +319,11 @@ def _fetch_clocks(code: float, tiles: int, resident: int, block: BakedBlock) -> 
     """Clocks in which a multiprocessor's blocks get their code."""
     items = block.parts * block.tiling.subtiles
     met = min(block.parts, -(-items // _DOORS))
-    first = max(code / _FIRST_RATE, met * code / _DOOR_RATE)
+    first = max(
+        code / _FIRST_RATE,
+        met * code / _DOOR_RATE,
+        (block.parts * code - _KEPT_BYTES) / _KEPT_RATE,
+    )
     if code <= _CACHED_BYTES:
         return first
     warps = block.config.warps

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 import sparse_conv
 from sparse_conv import backends, costs, dense, explanation
 from sparse_conv.bridge import HOST, gpu_place, place_of
-from sparse_conv.choice import MARGINS, PASSES, Question, choose
+from sparse_conv.choice import MARGINS, PASSES, SLACKS, Question, choose, favoured
 from sparse_conv.convolution import Convolution
 from sparse_conv.costs import Estimate, Machine
 from sparse_conv.problem import make_problem, normalize_geometry
@@ -384,6 +384,12 @@ def test_ours_must_be_faster_by_more_than_the_models_are_wrong():
     # What was measured needs no margin.
     measured = (Estimate("generic", 3.9, ""), Estimate("dense", 4.0, ""))
     assert choose(question(), nearly, "auto", measured).algorithm == "generic"
+
+
+def test_short_times_on_a_gpu_must_be_shorter_by_a_microsecond():
+    for kind, time in (("CPU", 5.0), ("CPU", 50.0), ("GPU", 50.0)):
+        assert favoured(time, kind) == time / MARGINS[kind]
+    assert favoured(5.0, "GPU") == 5.0 - SLACKS["GPU"] < 5.0 / MARGINS["GPU"]
 
 
 @pytest.mark.parametrize("algorithm", ["generic", "baked", "dense"])
