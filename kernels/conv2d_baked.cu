@@ -48,15 +48,30 @@
 #ifndef CHANNELS_LAST
 #define CHANNELS_LAST 1
 #endif
+// Whether there is room for two tiles, so that the next one is loaded while the last one
+// serves.
+#ifndef BUFFERED
+#define BUFFERED 1
+#endif
 
 // Numbers of a vector load from shared memory.
 #define VECTOR SLOTS
-// Numbers that are loaded at once.
-#define UNIT (LOAD_VECTORS ? VECTOR : 1)
 // Whether numbers are stored as they are accumulated, so that they can be copied.
 #define COPIES (DTYPE == FLOAT32 || DTYPE == FLOAT64)
-// Loads that are in flight together. Copies need no registers, but their addresses do.
-#define UNROLLED (COPIES ? 2 : 4)
+// Numbers that are converted pass through registers. VECTOR channels may then be read at
+// once, even if they lie apart in the tile.
+#ifndef SCATTERS
+#define SCATTERS 0
+#endif
+// So many loads of a thread are on their way together: copies need no registers, but
+// their addresses do, as do numbers that are converted, for which there is room while
+// there are no sums.
+#ifndef IN_FLIGHT
+#define IN_FLIGHT 2
+#endif
+#define IN_FLIGHT_BESIDE_SUMS 2
+// Numbers that are loaded at once.
+#define UNIT (LOAD_VECTORS || SCATTERS ? VECTOR : 1)
 
 #ifdef CUDA_EMULATION
 
@@ -142,7 +157,7 @@ struct Arguments {
     int activation;
     int chunk;
     int chunks;
-    // From one buffer to the next, in bytes; zero if there is but one.
+    // From one buffer to the next, in bytes.
     int buffer;
     // Where outputs are staged, behind the buffers.
     int stage;
@@ -233,28 +248,83 @@ __device__ __forceinline__ void find_item(const Arguments& a, unsigned number, I
     }
 }
 
-// Brings UNIT numbers into the tile; zeros where there are none. Numbers that need no
-// conversion do not pass through registers.
-__device__ __forceinline__ void load(
-    Accumulator* target, const Storage* source, bool exists) {
+// `load_rows` brings UNIT numbers of each of some rows of the tile, `rows` apart, from one
+// column of the input; zeros where there are none.
 #if COPIES
-    copy_async<sizeof(Accumulator) * UNIT>(target, source, exists);
-#elif LOAD_VECTORS
+
+template <int LOADS_AHEAD>
+__device__ __forceinline__ void load_rows(
+    const Window& window, const Storage* origin, int source, int source_step,
+    bool column_exists, Accumulator* target, int target_step, int row, int rows,
+    int extent_h) {
+#pragma unroll LOADS_AHEAD
+    for (int y = row; y < extent_h; y += rows) {
+        const bool exists = column_exists & (static_cast<unsigned>(y - window.y_begin) <
+                                             static_cast<unsigned>(window.y_count));
+        copy_async<sizeof(Accumulator) * UNIT>(target, origin + source, exists);
+        source += source_step;
+        target += target_step;
+    }
+}
+
+#else
+
+// UNIT numbers as they are stored.
+#if UNIT > 1
+typedef uint2 Stored;
+#else
+typedef Storage Stored;
+#endif
+
+__device__ __forceinline__ void put(Accumulator* target, const Stored& stored) {
+#if UNIT > 1
     // Two numbers of 16 bits in a word.
-    const uint2 none = {};
-    const uint2 words = exists ? __ldg(reinterpret_cast<const uint2*>(source)) : none;
     const Accumulator numbers[VECTOR] = {
-        to_accumulator(static_cast<Storage>(words.x & 0xffff)),
-        to_accumulator(static_cast<Storage>(words.x >> 16)),
-        to_accumulator(static_cast<Storage>(words.y & 0xffff)),
-        to_accumulator(static_cast<Storage>(words.y >> 16))};
+        to_accumulator(static_cast<Storage>(stored.x & 0xffff)),
+        to_accumulator(static_cast<Storage>(stored.x >> 16)),
+        to_accumulator(static_cast<Storage>(stored.y & 0xffff)),
+        to_accumulator(static_cast<Storage>(stored.y >> 16))};
+#if LOAD_VECTORS
     *reinterpret_cast<Pack*>(target) = make_pack(numbers);
 #else
-    *target = exists ? to_accumulator(__ldg(source)) : Accumulator(0);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) target[i] = numbers[i];
+#endif
+#else
+    *target = to_accumulator(stored);
 #endif
 }
 
+template <int LOADS_AHEAD>
+__device__ __forceinline__ void load_rows(
+    const Window& window, const Storage* origin, int source, int source_step,
+    bool column_exists, Accumulator* target, int target_step, int row, int rows,
+    int extent_h) {
+    while (row < extent_h) {
+        Stored stored[LOADS_AHEAD];
+        int y = row;
+#pragma unroll
+        for (int i = 0; i < LOADS_AHEAD; ++i) {
+            const bool exists = column_exists & (static_cast<unsigned>(y - window.y_begin) <
+                                                 static_cast<unsigned>(window.y_count));
+            stored[i] = Stored();
+            if (exists) stored[i] = __ldg(reinterpret_cast<const Stored*>(origin + source));
+            source += source_step;
+            y += rows;
+        }
+#pragma unroll
+        for (int i = 0; i < LOADS_AHEAD; ++i) {
+            if (row < extent_h) put(target, stored[i]);
+            target += target_step;
+            row += rows;
+        }
+    }
+}
+
+#endif
+
 // Starts to bring a chunk of channels of what an item reads into a tile.
+template <int LOADS_AHEAD>
 __device__ __forceinline__ void load_tile(
     const Arguments& a, const Window& window, char* buffer, int first_channel) {
     Accumulator* tile = reinterpret_cast<Accumulator*>(buffer);
@@ -280,21 +350,14 @@ __device__ __forceinline__ void load_tile(
                 const int x = quotient * stride + remainder;
                 const bool column_exists = static_cast<unsigned>(x - window.x_begin) <
                                            static_cast<unsigned>(window.x_count);
-                int source = channel * a.steps.read_channel + x * a.steps.read_column +
-                             row * a.steps.read_row;
+                const int source = channel * a.steps.read_channel +
+                                   x * a.steps.read_column + row * a.steps.read_row;
                 Accumulator* target =
                     tile + channel * a.channel_pitch + row * a.row_pitch +
                     (remainder * a.columns + quotient) * a.column_pitch;
-                // Neighbouring rows are loaded one after the other.
-#pragma unroll UNROLLED
-                for (int y = row; y < a.extent_h; y += a.rows_at_once) {
-                    const bool exists =
-                        column_exists & (static_cast<unsigned>(y - window.y_begin) <
-                                         static_cast<unsigned>(window.y_count));
-                    load(target, origin + source, exists);
-                    source += source_step;
-                    target += target_step;
-                }
+                load_rows<LOADS_AHEAD>(window, origin, source, source_step, column_exists,
+                                       target, target_step, row, a.rows_at_once,
+                                       a.extent_h);
             }
         }
     }
@@ -481,7 +544,7 @@ __device__ __forceinline__ void scout(const Arguments& a, Item* items) {
         __syncwarp();
         for (int chunk = 0; chunk < (MANY_CHUNKS ? a.chunks : 1); ++chunk) {
             meet();
-            if (!a.buffer) meet();
+            if (!BUFFERED) meet();
         }
     }
 }
@@ -501,7 +564,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
 
     int buffer = 0;
     int turn = 0;
-    load_tile(a, items[0].input, tiles, 0);
+    load_tile<IN_FLIGHT>(a, items[0].input, tiles, 0);
     FOR_ITEMS(number) {
         const Item& item = items[turn];
         turn = turn == ITEMS - 1 ? 0 : turn + 1;
@@ -513,14 +576,18 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
             const bool loads = goes_on || number + gridDim.x < a.items;
             const Window& next = goes_on ? item.input : items[turn].input;
             const int next_channel = goes_on ? (chunk + 1) * a.chunk : 0;
-            const int next_buffer = a.buffer - buffer;
+            const int next_buffer = BUFFERED ? a.buffer - buffer : 0;
             // Nobody reads the other buffer any more.
-            if (loads && a.buffer) load_tile(a, next, tiles + next_buffer, next_channel);
+            if (loads && BUFFERED) {
+                load_tile<IN_FLIGHT>(a, next, tiles + next_buffer, next_channel);
+            }
             if (chunk == 0) begin_sums(a, item.part, sums);
             add_chunk(item.part.piece + chunk, place + buffer, sums);
-            if (!a.buffer) {
+            if (!BUFFERED) {
                 meet();
-                if (loads) load_tile(a, next, tiles, next_channel);
+                if (loads) {
+                    load_tile<IN_FLIGHT_BESIDE_SUMS>(a, next, tiles, next_channel);
+                }
             }
             buffer = next_buffer;
         }

@@ -77,13 +77,19 @@ __device__ __forceinline__ float bfloat16_to_float(unsigned short number) {
     return pun.value;
 }
 
-// Rounds to the nearest, ties to even, as the hardware does.
+// Rounds to the nearest, ties to even.
 __device__ __forceinline__ unsigned short float_to_bfloat16(float value) {
+#if !defined(CUDA_EMULATION) && __CUDA_ARCH__ >= 800
+    unsigned short rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+    return rounded;
+#else
     FloatBits pun;
     pun.value = value;
     if (value != value) return static_cast<unsigned short>((pun.bits >> 16) | 0x40u);
     const unsigned odd = (pun.bits >> 16) & 1u;
     return static_cast<unsigned short>((pun.bits + 0x7fffu + odd) >> 16);
+#endif
 }
 
 __device__ __forceinline__ Accumulator to_accumulator(Storage stored) {
@@ -103,6 +109,22 @@ __device__ __forceinline__ Storage to_storage(Accumulator value) {
     return float_to_bfloat16(value);
 #else
     return static_cast<Storage>(value);
+#endif
+}
+
+// Two numbers of 16 bits in a word, the first one in its lower half.
+__device__ __forceinline__ unsigned to_storage_pair(Accumulator first, Accumulator second) {
+#if !defined(CUDA_EMULATION) && __CUDA_ARCH__ >= 800 && DTYPE == FLOAT16
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+#elif !defined(CUDA_EMULATION) && __CUDA_ARCH__ >= 800 && DTYPE == BFLOAT16
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+#else
+    return static_cast<unsigned>(to_storage(first)) |
+           static_cast<unsigned>(to_storage(second)) << 16;
 #endif
 }
 
@@ -169,9 +191,8 @@ __device__ __forceinline__ void store_quad(Storage* to, const Accumulator (&from
 #elif DTYPE == INT32
     __stcg(reinterpret_cast<uint4*>(to), make_uint4(from[0], from[1], from[2], from[3]));
 #else
-    const unsigned low = to_storage(from[0]) | static_cast<unsigned>(to_storage(from[1])) << 16;
-    const unsigned high = to_storage(from[2]) | static_cast<unsigned>(to_storage(from[3])) << 16;
-    __stcg(reinterpret_cast<uint2*>(to), make_uint2(low, high));
+    __stcg(reinterpret_cast<uint2*>(to), make_uint2(to_storage_pair(from[0], from[1]),
+                                                    to_storage_pair(from[2], from[3])));
 #endif
 }
 

@@ -49,6 +49,11 @@ FUNCTION_PRODUCTS = 16_000
 # Pieces of one function, at most, where it has several parts.
 FUNCTION_PIECES = 512
 
+# Numbers of these dtypes are converted on their way into the tile. They pass through
+# registers: so many loads of a thread may be on their way together.
+_CONVERTED = ("float16", "bfloat16")
+_MOST_IN_FLIGHT = 12
+
 _POINTERS = ("read", "bias", "origins", "write")
 
 
@@ -118,6 +123,7 @@ class Loading:
         rows: Rows that are loaded at once.
         columns: Columns that are loaded at once.
         turns: Loads of one thread.
+        unit: Channels that a thread loads at once.
     """
 
     row_threads: int
@@ -125,6 +131,7 @@ class Loading:
     rows: int
     columns: int
     turns: int
+    unit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +195,7 @@ def make_baked_block(
         config,
         tile,
         tiling,
-        _make_loading(gather, config, tile),
+        _make_loading(gather, dtype, config, tile),
         chunks,
         parts,
         group_parts,
@@ -215,13 +222,18 @@ def _longest_step(gather: Gather, config: BakedConfig, tile: Tile) -> int:
     )
 
 
-def _make_loading(gather: Gather, config: BakedConfig, tile: Tile) -> Loading:
+def _make_loading(
+    gather: Gather, dtype: str, config: BakedConfig, tile: Tile
+) -> Loading:
     """The division among the threads that has the fewest loads in a row."""
     threads = config.warps * WARP
+    unit = tile.vector
+    if dtype in _CONVERTED and _has_vectors_of(gather, dtype, config):
+        unit = PACKS[dtype][0]
     # Neighbouring threads read neighbouring memory.
-    units = config.chunk // tile.vector if gather.data_format == "NHWC" else 1
+    units = config.chunk // unit if gather.data_format == "NHWC" else 1
     column_threads = min(units, threads)
-    channel_turns = -(-config.chunk // (column_threads * tile.vector))
+    channel_turns = -(-config.chunk // (column_threads * unit))
     best = None
     for column_turns in range(1, min(tile.columns, 8) + 1):
         columns = -(-tile.columns // column_turns)
@@ -236,7 +248,7 @@ def _make_loading(gather: Gather, config: BakedConfig, tile: Tile) -> Loading:
             * channel_turns
         )
         if best is None or turns < best.turns:
-            best = Loading(row_threads, column_threads, rows, columns, turns)
+            best = Loading(row_threads, column_threads, rows, columns, turns, unit)
     return best
 
 
@@ -251,7 +263,7 @@ def _make_tile(gather: Gather, dtype: str, config: BakedConfig) -> Tile:
     extent_w = (config.tile_w - 1) * gather.w.stride + gather.w.taps
     columns = -(-extent_w // gather.w.stride)
     channels_last = gather.data_format == "NHWC"
-    whole = has_vectors(gather, dtype) and config.chunk % slots == 0
+    whole = _has_vectors_of(gather, dtype, config)
     # Three channels, padded to a vector, were slower than three loads: 28 instead of
     # 26 us for 11x11, 3 to 64 channels, 256x512, on an H100.
     vector = slots if whole and config.vectors else 1
@@ -272,6 +284,11 @@ def _make_tile(gather: Gather, dtype: str, config: BakedConfig) -> Tile:
         vector,
         -(-numbers // slots) * slots * accumulator,
     )
+
+
+def _has_vectors_of(gather: Gather, dtype: str, config: BakedConfig) -> bool:
+    """Whether a chunk consists of channels that lie side by side, aligned."""
+    return has_vectors(gather, dtype) and config.chunk % PACKS[dtype][0] == 0
 
 
 def has_vectors(gather: Gather, dtype: str) -> bool:
@@ -521,7 +538,7 @@ def baked_launch(
         activation,
         config.chunk,
         block.chunks,
-        tile.nbytes if block.buffers > 1 else 0,
+        tile.nbytes,
         block.stage,
         int(has_quads(gather, config.outputs)),
         function.parts.start,
@@ -556,6 +573,18 @@ def _defines(
         ("WARPS", str(config.warps)),
         ("RESIDENT", str(config.resident)),
         ("MANY_CHUNKS", str(int(block.chunks > 1))),
+        ("BUFFERED", str(int(block.buffers > 1))),
         ("LOAD_VECTORS", str(int(block.tile.vector > 1))),
+        *_loading_defines(dtype, block),
         ("CHANNELS_LAST", str(int(data_format == "NHWC"))),
+    )
+
+
+def _loading_defines(dtype: str, block: BakedBlock) -> tuple[tuple[str, str], ...]:
+    if dtype not in _CONVERTED:
+        return ()
+    rows = -(-block.tile.extent_h // block.loading.rows)
+    return (
+        ("SCATTERS", str(int(block.loading.unit > block.tile.vector))),
+        ("IN_FLIGHT", str(min(rows, _MOST_IN_FLIGHT))),
     )

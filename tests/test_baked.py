@@ -190,11 +190,12 @@ def test_the_sample_compiles_by_itself():
     assert status == 0, log
 
 
-def test_64_sums_stay_in_registers():
-    problem = make((1, 16, 64, 3), (5, 5, 3, 64))
-    data = make_data(problem, "float32", 0.2, whole=False)
-    config = BakedConfig(64, 8, 2, 8, 32, 3)
-    launch = baked_fprop_calls(problem, data, "float32", config)[0].launch
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_64_sums_stay_in_registers(dtype):
+    problem = make((1, 16, 64, 3), (11, 11, 3, 64))
+    data = make_data(problem, dtype, 0.1, whole=False)
+    config = BakedConfig(64, 8, 2, 16, 16, 3)
+    launch = baked_fprop_calls(problem, data, dtype, config)[0].launch
     options = [*jit.options(launch.defines), "-arch=sm_90", "--ptxas-options=-v"]
     text = jit.source(launch.function, launch.code)
     status, log = compile_text(text, "conv2d_baked.cu", options)
@@ -283,6 +284,17 @@ def test_few_nonzeros_are_loaded_one_by_one():
     )
     assert few.tile.vector == 1
     assert many.tile.vector > 1
+
+
+def test_converted_numbers_are_loaded_four_at_a_time_wherever_they_lie():
+    problem = make((1, 32, 64, 16), (3, 3, 16, 3))
+    for dtype, vectors, unit in (
+        ("float16", True, 4), ("float16", False, 4), ("float32", False, 1)
+    ):  # fmt: skip
+        config = dataclasses.replace(STRIPS, chunk=16, vectors=vectors)
+        block = baked.make_baked_block(fprop_gather(problem), dtype, config, LARGE_GPU)
+        assert block.loading.unit == unit
+        assert block.tile.vector == (4 if vectors else 1)
 
 
 def test_few_sums_have_partial_ones_for_each_chunk():

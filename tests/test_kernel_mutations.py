@@ -197,6 +197,22 @@ def check_baked(text: str) -> None:
         calls = baked_dgrad_calls(problem, data, "float32", config, LITTLE_GPU)
         exact = dgrad_reference(data.dy, data.dense, problem)
         assert_exact(run_own(calls, text), exact, "dgrad")
+    check_baked_conversions(text)
+
+
+def check_baked_conversions(text: str) -> None:
+    """The same for numbers that pass through registers."""
+    for problem, config in (
+        (VECTORS, VECTORS_CONFIG), (VECTORS, replace(VECTORS_CONFIG, vectors=False)),
+        (NHWC, NUMBERS_CONFIG),
+    ):  # fmt: skip
+        data = make_data(problem, "float16", 0.8, whole=True)
+        (call,) = baked_fprop_calls(problem, data, "float16", config, LITTLE_GPU)
+        # Several turns, the last one of which isn't whole.
+        defines = tuple(dict(call.launch.defines, IN_FLIGHT="2").items())
+        call = replace(call, launch=replace(call.launch, defines=defines))
+        exact = conv2d_reference(data.x, data.dense, problem)
+        assert_exact(run_own([call], text), exact, "fprop")
 
 
 def run_own(calls: list[Call], text: str) -> np.ndarray:
@@ -350,11 +366,17 @@ MISTAKES = {
         (r"UNIT; channel < channels", "UNIT; channel + UNIT < channels"),
         (r"quotient < a\.columns;", "quotient + 1 < a.columns;"),
         (r"remainder < stride;", "remainder + 1 < stride;"),
-        (r"y < a\.extent_h;", "y + 1 < a.extent_h;"),
+        (r"y < extent_h;", "y + 1 < extent_h;"),
+        (r"while \(row < extent_h\)", "while (row + 1 < extent_h)"),
+        (r"if \(row < extent_h\)", ""),
+        (r"source \+= source_step;", ""),
+        (r"target \+= target_step;", ""),
+        (r"stored\.x >> 16", "stored.x"),
+        (r"target\[i\] = numbers\[i\]", "target[0] = numbers[i]"),
         (r"goes_on \? item\.input : items\[turn\]\.input", "item.input"),
         (r"goes_on \? item\.input : items\[turn\]\.input", "items[turn].input"),
         (r"goes_on \? \(chunk \+ 1\) \* a\.chunk : 0", "0"),
-        (r"next_buffer = a\.buffer - buffer", "next_buffer = 0"),
+        (r"a\.buffer - buffer", "0"),
         (r"wait_for_copies<0>\(\);", ""),
         (r"wait_for_copies<0>", "wait_for_copies<1>"),
         # Stores.

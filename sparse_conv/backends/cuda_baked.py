@@ -257,7 +257,7 @@ class BakedRun:
         if loaded is None:
             return self._generic(read, w, bias)
         source = known_memory(read)
-        if source.address % _ALIGNMENT and code.block.tile.vector > 1:
+        if source.address % _ALIGNMENT and code.block.loading.unit > 1:
             return self._generic(read, w, bias)
         write, memory = bridge.output(self._shape, code.dtype, code.place)
         operands = {"read": source, "write": memory}
