@@ -130,28 +130,58 @@ def choose_baked_block(
     refused = _reason_against(gather, dtype, nnz)
     if refused:
         return BakedChoice(None, float("inf"), refused)
-    best, best_clocks = None, float("inf")
-    for config in _candidates(gather, dtype, nnz, device):
-        block = make_baked_block(gather, dtype, config, device)
-        if block is None or block.parts * block.chunks > MOST_PIECES:
-            continue
-        clocks = baked_clocks(gather, dtype, nnz, block, device)
-        if clocks < best_clocks:
-            best, best_clocks = block, clocks
+    possible = _costed(gather, dtype, nnz, device)
+    best_clocks, best = min(possible, key=lambda one: one[0], default=(None, None))
     if best is None:
         reason = (
             "no tile of the input fits into shared memory, or the code would have more "
             f"than {MOST_PIECES} pieces"
         )
-        return BakedChoice(None, best_clocks, reason)
-    config = best.config
-    return BakedChoice(
-        best,
-        best_clocks,
+        return BakedChoice(None, float("inf"), reason)
+    return BakedChoice(best, best_clocks, described(best, nnz))
+
+
+def described(block: BakedBlock, nnz: int) -> str:
+    """A configuration in words."""
+    config = block.config
+    return (
         f"code for {nnz} weights: tiles of {config.tile_h}x{config.tile_w} outputs, "
         f"{config.outputs} output channels of {config.pixels} pixel(s) a thread, "
-        f"{config.chunk} input channels at a time",
+        f"{config.chunk} input channels at a time"
     )
+
+
+def shortlist(
+    gather: Gather, dtype: str, nnz: int, device: DeviceLimits, most: int
+) -> list[BakedBlock]:
+    """The best configurations by the model, at most one of each tile.
+
+    Args:
+        gather: What is computed; code can be generated for it.
+        dtype: Name of the dtype.
+        nnz: Entries of all rows together.
+        device: The GPU's limits.
+        most: How many, at most.
+
+    Returns:
+        The configurations, the best first.
+    """
+    best: dict[tuple[int, ...], BakedBlock] = {}
+    possible = _costed(gather, dtype, nnz, device)
+    for _, block in sorted(possible, key=lambda one: one[0]):
+        config = block.config
+        best.setdefault((config.outputs, config.tile_h, config.tile_w), block)
+    return list(best.values())[:most]
+
+
+def _costed(
+    gather: Gather, dtype: str, nnz: int, device: DeviceLimits
+) -> Iterator[tuple[float, BakedBlock]]:
+    """The predicted clocks of each configuration that is possible."""
+    for config in _candidates(gather, dtype, nnz, device):
+        block = make_baked_block(gather, dtype, config, device)
+        if block is not None and block.parts * block.chunks <= MOST_PIECES:
+            yield baked_clocks(gather, dtype, nnz, block, device), block
 
 
 def _reason_against(gather: Gather, dtype: str, nnz: int) -> str | None:

@@ -212,10 +212,15 @@ def prepare(
         input_shape, kernel, (strides, padding, data_format, dilations), None,
         algorithm, backend, device,
     )  # fmt: skip
+    reasons = _tuned(subject, passes) if measure else {}
     measured = _measured(subject, passes) if measure else {}
     for name, times in measured.items():
         question = _question(subject, name)
-        subject.convolution.keep_measured(question, _with_times(subject, name, times))
+        estimates = [
+            replace(one, reason=reasons.get((name, one.algorithm), one.reason))
+            for one in _with_times(subject, name, times)
+        ]
+        subject.convolution.keep_measured(question, tuple(estimates))
     explanation = _explained(subject, passes, measured)
     for one in explanation.passes:
         if one.algorithm is not None:
@@ -327,14 +332,16 @@ def _pass_explained(
     question = _question(subject, name)
     estimates = choice.estimates(question, subject.backend)
     known = subject.convolution.measured(question)
+    reasons = {one.algorithm: one.reason for one in known or estimates}
     if known is not None:
         times = {one.algorithm: one.microseconds for one in known} | times
     alternatives = tuple(
         Alternative(
-            one.algorithm, one.microseconds, times.get(one.algorithm), one.reason
+            one.algorithm, one.microseconds, times.get(one.algorithm),
+            reasons[one.algorithm],
         )
         for one in estimates
-    )
+    )  # fmt: skip
     try:
         chosen = choice.choose(
             question, subject.backend, subject.convolution.algorithm, known
@@ -398,6 +405,20 @@ def _call(subject: _Subject, name: str, algorithm: str) -> Callable[[], tf.Tenso
 def _run_once(subject: _Subject, name: str, algorithm: str) -> None:
     """Compiles or loads whatever a pass needs, by running it."""
     _call(subject, name, algorithm)()
+
+
+def _tuned(subject: _Subject, passes: Sequence[str]) -> dict[tuple[str, str], str]:
+    """Has generated code chosen by its times, where there is some; what was chosen."""
+    reasons = {}
+    for name in passes:
+        estimates = choice.estimates(_question(subject, name), subject.backend)
+        for one in estimates:
+            if one.algorithm == "baked" and one.microseconds is not None:
+                reasons[name, one.algorithm] = subject.backend.tune(
+                    name, subject.problem, subject.dtype, subject.place,
+                    subject.filters.pattern, *_operands(subject, name),
+                )  # fmt: skip
+    return reasons
 
 
 def _measured(subject: _Subject, passes: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -185,9 +185,11 @@ class SparseKernel(tf.Module):
             backend: The back end that the calls will ask for.
             device: Where the operands will live, such as "/GPU:0"; None means where the
                 values are.
-            measure: Whether to time all algorithms. From then on, calls of exactly this
-                shape, dtype and device and at TensorFlow's present precision take the
-                fastest one, as long as the kernel lives; `explain` shows it.
+            measure: Whether to time all algorithms, and on a GPU the tiles that are
+                expected to be best for generated code, which takes seconds to compile.
+                From then on, calls of exactly this shape, dtype and device and at
+                TensorFlow's present precision take the fastest one, as long as the
+                kernel lives; `explain` shows it.
             passes: Those that will be used, of "fprop", "dgrad" and "wgrad".
 
         Returns:

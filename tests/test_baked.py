@@ -276,6 +276,17 @@ def test_few_outputs_have_several_pixels_or_no_vectors():
         assert config.outputs == outputs
 
 
+def test_the_shortlist_begins_with_the_choice_and_has_other_tiles():
+    gather = fprop_gather(make((1, 64, 64, 16), (3, 3, 16, 32)))
+    blocks = baked_plan.shortlist(gather, "float32", 500, LARGE_GPU, 6)
+    choice = baked_plan.choose_baked_block(gather, "float32", 500, LARGE_GPU)
+    assert blocks[0].config == choice.block.config
+    tiles = {
+        (b.config.outputs, b.config.tile_h, b.config.tile_w) for b in blocks
+    }  # fmt: skip
+    assert len(tiles) == len(blocks) == 6
+
+
 def test_few_nonzeros_are_loaded_one_by_one():
     gather = fprop_gather(make((1, 256, 512, 32), (11, 11, 32, 64)))
     few, many = (

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import sparse_conv
 from sparse_conv.backends import cuda_baked
-from sparse_conv.backends.cuda_baked import BakedCode
+from sparse_conv.backends.cuda_baked import BakedCode, Loaded
 from sparse_conv.bridge import HOST, Memory
 from tests.conftest import skip_unless_usable
 from tests.problems import make, make_data
@@ -52,6 +52,49 @@ def code(monkeypatch, compiled) -> BakedCode:
 
 def values_of(number: float) -> tf.Tensor:
     return tf.constant([number])
+
+
+@pytest.fixture
+def seconds(monkeypatch) -> dict[str, float]:
+    """The times of the configurations that compile."""
+    times: dict[str, float] = {}
+
+    def compiled(code, block, rows, values):
+        return Loaded(block, [times[block]])
+
+    monkeypatch.setattr(cuda_baked, "_compiled", compiled)
+    monkeypatch.setattr(
+        BakedCode, "_seconds", lambda code, loaded, *_: loaded.functions[0]
+    )
+    return times
+
+
+def test_the_fastest_configuration_is_taken(code, seconds):
+    seconds.update(expected=3.0, faster=2.0, slower=4.0)
+    values, others = values_of(1.0), values_of(2.0)
+    code.block = "expected"
+    assert code.loaded(others, waits=True) == [2.0]
+    blocks = ["expected", "slower", "does not compile", "faster"]
+    code.tune(blocks, {}, {}, values)
+    assert code.loaded(values, waits=False) == Loaded("faster", [2.0])
+    assert code.block == "faster"
+    # What computes with other values is not disturbed.
+    assert code.loaded(others, waits=False) == [2.0]
+
+
+def test_the_expected_configuration_stays_unless_another_is_clearly_faster(
+    code, seconds
+):
+    seconds.update(expected=1.0, equal=0.99)
+    code.tune(["expected", "equal"], {}, {}, values_of(1.0))
+    assert code.block == "expected"
+
+
+def test_where_no_configuration_compiles_nothing_changes(code, seconds):
+    code.block = "expected"
+    code.tune(["none", "of these"], {}, {}, values_of(1.0))
+    assert code.block == "expected"
+    assert code.loaded(values_of(1.0), waits=False) is None
 
 
 def test_code_is_generated_for_values_that_are_used_again(code):
@@ -257,6 +300,30 @@ def test_prepare_compiles_ahead(gpu):
     for _ in range(5):
         sparse_conv.conv2d(tf.constant(data.x), kernel, 1, "SAME", algorithm="baked")
     assert cuda_baked._started == started
+
+
+@pytest.mark.gpu
+def test_prepare_may_choose_the_tiles_by_their_times(gpu):
+    data = exact_data()
+    kernel = sparse_conv.SparseKernel.from_dense(data.dense)
+    x = tf.constant(data.x)
+    explanation = kernel.prepare(
+        data.x.shape, 1, "SAME", algorithm="baked", measure=True,
+        passes=("fprop", "dgrad"),
+    )  # fmt: skip
+    for one in explanation.passes:
+        reasons = {a.algorithm: a.reason for a in one.alternatives}
+        assert "the fastest of" in reasons["baked"]
+    started = cuda_baked._started
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = sparse_conv.conv2d(x, kernel, 1, "SAME", algorithm="baked")
+    dx = tape.gradient(y, x, output_gradients=tf.constant(data.dy))
+    assert cuda_baked._started == started
+    exact = conv2d_reference(data.x, data.dense, PROBLEM)
+    np.testing.assert_array_equal(y.numpy(), exact)
+    exact = dgrad_reference(data.dy, data.dense, PROBLEM)
+    np.testing.assert_array_equal(dx.numpy(), exact)
 
 
 @pytest.mark.gpu

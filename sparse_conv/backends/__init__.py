@@ -14,6 +14,9 @@ A back end is a module with
         -> tuple[costs.Estimate, ...]     what each of its algorithms would take
     nonzeros(w) -> int | None             those of a dense kernel, None if not cheap
     finish_compiling() -> None            waits for what it compiles in the background
+    tune(pass_name, problem, dtype, place, pattern, read, w) -> str
+                                          chooses by times how "baked" computes a pass,
+                                          and says it; where that is an algorithm
     caches() -> list[Path]                where its compiled code is kept
 
 Each pass is prepared for one problem and place, and then run on eager tensors that live

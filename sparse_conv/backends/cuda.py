@@ -22,9 +22,10 @@ from sparse_conv.activations import LINEAR
 from sparse_conv.backends import cuda_baked, cuda_costs
 from sparse_conv.backends.cuda_baked import BakedCode, BakedRun
 from sparse_conv.baked import needs_origins
-from sparse_conv.baked_plan import choose_baked_block
+from sparse_conv.baked_plan import choose_baked_block, described, shortlist
 from sparse_conv.bridge import Memory, Place, known_memory
 from sparse_conv.costs import Estimate
+from sparse_conv.costs.terms import gather_of
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.launch import WARP, Launch
 from sparse_conv.pattern import Pattern, Rows
@@ -36,6 +37,8 @@ from sparse_conv.tensor_cache import cached
 # int32 tensors live in host memory.
 _CELL = tf.float32
 _INDEX_BYTES = 4
+# Configurations of generated code that are compared when times may be taken.
+_TUNED = 8
 # Of arrays in one piece of memory: more than any function wants.
 _ALIGNMENT = 16
 
@@ -234,6 +237,26 @@ def nonzeros(w: tf.Tensor) -> int | None:
 
 
 finish_compiling = cuda_baked.finish_compiling
+
+
+def tune(
+    pass_name: str,
+    problem: Problem,
+    dtype: tf.DType,
+    place: Place,
+    pattern: Pattern,
+    read: tf.Tensor,
+    w: tf.Tensor,
+) -> str:
+    """Chooses the tiles of generated code by their times; says which."""
+    gather = gather_of(pass_name, problem)
+    code = _baked_code(pass_name, gather, pattern, dtype, place)
+    blocks = shortlist(gather, dtype.name, pattern.nnz, limits(place), _TUNED)
+    shape = problem.input_shape if pass_name == "dgrad" else problem.output_shape
+    _, memory = bridge.output(shape, dtype, place)
+    operands = {"read": known_memory(read), "write": memory}
+    code.tune(blocks, _baked_operands(gather, place), operands, w)
+    return f"{described(code.block, pattern.nnz)}, the fastest of {len(blocks)}"
 
 
 def _gather_run(

@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -22,8 +22,10 @@ from sparse_conv.background import Workers
 from sparse_conv.baked import BakedBlock, BakedFunction
 from sparse_conv.bridge import Memory, Place, known_memory
 from sparse_conv.gather import Gather
+from sparse_conv.launch import Launch
 from sparse_conv.pattern import Rows
 from sparse_conv.streams import Step, ordered
+from sparse_conv.timing import seconds_per_call
 
 # Code is generated for values once they have been used so often: what is called once
 # or twice is over before it would be ready.
@@ -46,7 +48,23 @@ _pending: set[Future] = set()
 _lock = threading.Lock()
 _started = 0
 
-_Loaded = list[tuple[BakedFunction, Any]]
+# A configuration is timed so often, in so many launches that follow each other. It
+# takes the place of another if it is faster by more than such times differ anyway.
+_GROUPS = 3
+_LAUNCHES = 30
+_GAIN = 1.02
+
+
+class Loaded(NamedTuple):
+    """Compiled code.
+
+    Attributes:
+        block: The configuration that it was generated for.
+        functions: The functions and what they were compiled to.
+    """
+
+    block: BakedBlock
+    functions: list[tuple[BakedFunction, Any]]
 
 
 def finish_compiling() -> None:
@@ -71,7 +89,7 @@ class _State:
         self.values = values
         self.uses = 0
         self.future: Future | None = None
-        self.loaded: _Loaded | None = None
+        self.loaded: Loaded | None = None
 
 
 class BakedCode:
@@ -110,8 +128,8 @@ class BakedCode:
         self._latest: _State | None = None
         self._warned = False
 
-    def loaded(self, values: tf.Tensor, *, waits: bool) -> _Loaded | None:
-        """The compiled functions for these values.
+    def loaded(self, values: tf.Tensor, *, waits: bool) -> Loaded | None:
+        """The compiled code for these values.
 
         Args:
             values: The kernel's values. A graph may hand the same memory over in a new
@@ -119,8 +137,8 @@ class BakedCode:
             waits: Whether to wait for the compiler.
 
         Returns:
-            The functions; None while they aren't ready, and where nobody waits for
-            them and they didn't compile.
+            The code; None while it isn't ready, and where nobody waits for it and it
+            didn't compile.
 
         Raises:
             CompileError: The code didn't compile, and the caller waits for it.
@@ -145,6 +163,85 @@ class BakedCode:
                 return None
         state.loaded = state.future.result()
         return state.loaded
+
+    def tune(
+        self,
+        blocks: Sequence[BakedBlock],
+        fixed: Mapping[str, Memory],
+        operands: Mapping[str, Memory],
+        values: tf.Tensor,
+    ) -> None:
+        """Takes the configuration that is the fastest with these values.
+
+        What computes with other values goes on to do so, and what is compiled for new
+        ones has the configuration.
+
+        Args:
+            blocks: The configurations to compare, the first of which is expected to be
+                the best. Those whose code doesn't compile are passed over.
+            fixed: The memory of operands that are the same at each use.
+            operands: The memory of "read" and "write"; what is written is overwritten.
+            values: The kernel's values.
+        """
+        rows = self.make_rows()
+        futures = [
+            _kernel_workers.submit(
+                lambda block=block: _compiled(self, block, rows, values)
+            )
+            for block in blocks
+        ]
+        wait(futures)
+        found = [one.result() for one in futures if one.exception() is None]
+        best, best_seconds = None, float("inf")
+        for loaded in found:
+            seconds = self._seconds(loaded, fixed, operands)
+            if seconds * _GAIN < best_seconds:
+                best, best_seconds = loaded, seconds
+        if best is not None:
+            with _lock:
+                self._shapes.add(self.gather)
+                self.block = best.block
+            self._state_of(values).loaded = best
+
+    def _seconds(
+        self,
+        loaded: Loaded,
+        fixed: Mapping[str, Memory],
+        operands: Mapping[str, Memory],
+    ) -> float:
+        """Of one use of the code, among many that follow each other."""
+        steps = self.steps(loaded, fixed)
+
+        def launch() -> None:
+            with ordered(bridge.ordinal_of(self.place)) as lane:
+                for _ in range(_LAUNCHES):
+                    for step in steps:
+                        lane.launch(step, operands)
+
+        launch()
+        return min(seconds_per_call(launch, 1) for _ in range(_GROUPS)) / _LAUNCHES
+
+    def steps(
+        self, loaded: Loaded, fixed: Mapping[str, Memory], activation: int = 0
+    ) -> list[Step]:
+        """The launches of compiled code.
+
+        Args:
+            loaded: The code.
+            fixed: The memory of operands that are the same at each use.
+            activation: Code of the activation.
+
+        Returns:
+            The steps, which may run in any order.
+        """
+        ordinal = bridge.ordinal_of(self.place)
+        return [
+            Step(
+                _launch(self, loaded.block, function, activation),
+                ordinal, fixed, compiled,
+            )
+            for function, compiled in loaded.functions
+        ]  # fmt: skip
 
     def _warn(self, error: BaseException) -> None:
         """Says once that other functions go on to serve."""
@@ -184,7 +281,9 @@ class BakedCode:
         state.future.add_done_callback(_pending.discard)
 
 
-def _compile(code_reference: weakref.ref, state_reference: weakref.ref) -> Any:
+def _compile(
+    code_reference: weakref.ref, state_reference: weakref.ref
+) -> Loaded | None:
     """Generates, compiles and loads what is still wanted; None if it no longer is.
 
     Args:
@@ -196,24 +295,36 @@ def _compile(code_reference: weakref.ref, state_reference: weakref.ref) -> Any:
     rows = code.make_rows() if code is not None and state is not None else None
     if rows is None:
         return None
-    values = state.values
+    return _compiled(code, code.block, rows, state.values)
+
+
+def _compiled(
+    code: BakedCode, block: BakedBlock, rows: Rows, values: tf.Tensor
+) -> Loaded:
+    """Generates, compiles and loads the code for one configuration."""
     wide = tf.cast(values, tf.float32) if values.dtype.size == 2 else values
-    functions = baked.bake(
-        code.gather, rows, np.asarray(wide), code.dtype.name, code.block
-    )
+    functions = baked.bake(code.gather, rows, np.asarray(wide), code.dtype.name, block)
     futures = [
-        _function_workers.submit(lambda function=function: _load(code, function))
+        _function_workers.submit(lambda function=function: _load(code, block, function))
         for function in functions
     ]
-    return [future.result() for future in futures]
+    return Loaded(block, [future.result() for future in futures])
 
 
-def _load(code: BakedCode, function: BakedFunction) -> tuple[BakedFunction, Any]:
-    launch = baked.baked_launch(code.gather, code.dtype.name, code.block, function)
+def _load(
+    code: BakedCode, block: BakedBlock, function: BakedFunction
+) -> tuple[BakedFunction, Any]:
+    launch = _launch(code, block, function)
     ordinal = bridge.ordinal_of(code.place)
     compiled = jit.load_function(launch.function, launch.defines, ordinal, launch.code)
     # The text has served.
     return BakedFunction("", function.parts), compiled
+
+
+def _launch(
+    code: BakedCode, block: BakedBlock, function: BakedFunction, activation: int = 0
+) -> Launch:
+    return baked.baked_launch(code.gather, code.dtype.name, block, function, activation)
 
 
 class BakedRun:
@@ -246,7 +357,7 @@ class BakedRun:
         self._generic = generic
         self._waits = waits
         self._ordinal = bridge.ordinal_of(code.place)
-        self._steps: tuple[_Loaded | None, list[Step]] = (None, [])
+        self._steps: tuple[Loaded | None, list[Step]] = (None, [])
 
     def __call__(
         self, read: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None
@@ -257,7 +368,7 @@ class BakedRun:
         if loaded is None:
             return self._generic(read, w, bias)
         source = known_memory(read)
-        if source.address % _ALIGNMENT and code.block.loading.unit > 1:
+        if source.address % _ALIGNMENT and loaded.block.loading.unit > 1:
             return self._generic(read, w, bias)
         write, memory = bridge.output(self._shape, code.dtype, code.place)
         operands = {"read": source, "write": memory}
@@ -269,16 +380,9 @@ class BakedRun:
                 lane.launch(step, operands)
         return write
 
-    def _steps_of(self, loaded: _Loaded) -> list[Step]:
+    def _steps_of(self, loaded: Loaded) -> list[Step]:
         known, steps = self._steps
         if known is not loaded:
-            steps = [self._step(*function) for function in loaded]
+            steps = self._code.steps(loaded, self._fixed, self._activation)
             self._steps = (loaded, steps)
         return steps
-
-    def _step(self, function: BakedFunction, compiled: Any) -> Step:
-        code = self._code
-        launch = baked.baked_launch(
-            code.gather, code.dtype.name, code.block, function, self._activation
-        )
-        return Step(launch, self._ordinal, self._fixed, compiled)
