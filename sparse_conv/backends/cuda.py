@@ -38,7 +38,7 @@ from sparse_conv.tensor_cache import cached
 _CELL = tf.float32
 _INDEX_BYTES = 4
 # Configurations of generated code that are compared when times may be taken.
-_TUNED = 8
+_TUNED = 10
 # Of arrays in one piece of memory: more than any function wants.
 _ALIGNMENT = 16
 
