@@ -53,6 +53,10 @@ FUNCTION_PIECES = 512
 # registers: so many loads of a thread may be on their way together.
 _CONVERTED = ("float16", "bfloat16")
 _MOST_IN_FLIGHT = 12
+_LEAST_IN_FLIGHT = 2
+# Registers of a multiprocessor, and those of a thread beside its sums and loads.
+REGISTERS = 65536
+_OTHER_REGISTERS = 30
 
 _POINTERS = ("read", "bias", "origins", "write")
 
@@ -211,9 +215,9 @@ def _longest_step(gather: Gather, config: BakedConfig, tile: Tile) -> int:
     read_row, read_column, read_channel, write_row, write_column, write_channel = (
         memory_steps(gather)
     )
-    # Loops go one step further before they end.
+    # Loops go further before they end: by the rows of all loads that go together.
     return max(
-        (tile.extent_h + WARP * config.warps) * read_row
+        (3 * tile.extent_h + WARP * config.warps) * read_row
         + tile.columns * gather.w.stride * read_column
         + config.chunk * read_channel,
         config.tile_h * write_row
@@ -583,8 +587,21 @@ def _defines(
 def _loading_defines(dtype: str, block: BakedBlock) -> tuple[tuple[str, str], ...]:
     if dtype not in _CONVERTED:
         return ()
-    rows = -(-block.tile.extent_h // block.loading.rows)
+    loading = block.loading
+    rows = -(-block.tile.extent_h // loading.rows)
+    most = _MOST_IN_FLIGHT
+    if block.chunks > 1:
+        # From the second chunk on, the sums are there, too. So many 16-bit numbers take
+        # that many registers, their address one.
+        room = _registers(block.config) - block.config.sums - _OTHER_REGISTERS
+        most = min(most, room // (-(-loading.unit // 2) + 1))
     return (
-        ("SCATTERS", str(int(block.loading.unit > block.tile.vector))),
-        ("IN_FLIGHT", str(min(rows, _MOST_IN_FLIGHT))),
+        ("SCATTERS", str(int(loading.unit > block.tile.vector))),
+        ("IN_FLIGHT", str(max(_LEAST_IN_FLIGHT, min(rows, most)))),
     )
+
+
+def _registers(config: BakedConfig) -> int:
+    """What a thread may have: a quarter of all serves a quarter of the warps."""
+    warps = -(-config.resident * (config.warps + 1) // 4)
+    return min(255, REGISTERS // 4 // (warps * WARP) // 8 * 8)

@@ -27,7 +27,7 @@ PASSES = ("fprop", "dgrad", "wgrad")
 # for each kind of place: about what the models are wrong by, so that few calls lose
 # against it. cuDNN chooses among algorithms, which no model of a few sizes foresees.
 MARGINS = {"CPU": 1.1, "GPU": 1.2}
-# The same in microseconds: shorter times are off by more than such a part.
+# And by how many microseconds: the models are off by more than a part of short times.
 SLACKS = {"CPU": 0.0, "GPU": 1.3}
 
 _UNCOUNTED = (
@@ -109,6 +109,8 @@ def choose(
         kind = question.place.kind
         best = min(possible, key=lambda one: _counted(one, kind))
         reason = f"the shortest time predicted, dense favoured by {MARGINS[kind]:g}"
+        if SLACKS[kind]:
+            reason += f" and {SLACKS[kind]:g} us"
     else:
         best = min(possible, key=lambda one: one.microseconds)
         reason = "the shortest time measured"

@@ -212,15 +212,12 @@ def prepare(
         input_shape, kernel, (strides, padding, data_format, dilations), None,
         algorithm, backend, device,
     )  # fmt: skip
-    reasons = _tuned(subject, passes) if measure else {}
+    if measure:
+        _tune(subject, passes)
     measured = _measured(subject, passes) if measure else {}
     for name, times in measured.items():
         question = _question(subject, name)
-        estimates = [
-            replace(one, reason=reasons.get((name, one.algorithm), one.reason))
-            for one in _with_times(subject, name, times)
-        ]
-        subject.convolution.keep_measured(question, tuple(estimates))
+        subject.convolution.keep_measured(question, _with_times(subject, name, times))
     explanation = _explained(subject, passes, measured)
     for one in explanation.passes:
         if one.algorithm is not None:
@@ -332,7 +329,10 @@ def _pass_explained(
     question = _question(subject, name)
     estimates = choice.estimates(question, subject.backend)
     known = subject.convolution.measured(question)
-    reasons = {one.algorithm: one.reason for one in known or estimates}
+    reasons = {one.algorithm: one.reason for one in estimates}
+    if any(map(_is_code, estimates)):
+        tuned = subject.backend.tuned(*_code_of(subject, name))
+        reasons["baked"] = tuned or reasons["baked"]
     if known is not None:
         times = {one.algorithm: one.microseconds for one in known} | times
     alternatives = tuple(
@@ -407,18 +407,25 @@ def _run_once(subject: _Subject, name: str, algorithm: str) -> None:
     _call(subject, name, algorithm)()
 
 
-def _tuned(subject: _Subject, passes: Sequence[str]) -> dict[tuple[str, str], str]:
-    """Has generated code chosen by its times, where there is some; what was chosen."""
-    reasons = {}
+def _tune(subject: _Subject, passes: Sequence[str]) -> None:
+    """Has generated code chosen by its times, where it may serve."""
+    if subject.convolution.algorithm not in ("auto", "baked"):
+        return
     for name in passes:
         estimates = choice.estimates(_question(subject, name), subject.backend)
-        for one in estimates:
-            if one.algorithm == "baked" and one.microseconds is not None:
-                reasons[name, one.algorithm] = subject.backend.tune(
-                    name, subject.problem, subject.dtype, subject.place,
-                    subject.filters.pattern, *_operands(subject, name),
-                )  # fmt: skip
-    return reasons
+        if any(map(_is_code, estimates)):
+            subject.backend.tune(*_code_of(subject, name), *_operands(subject, name))
+
+
+def _is_code(estimate: Estimate) -> bool:
+    """Whether code can be generated for a pass."""
+    return estimate.algorithm == "baked" and estimate.microseconds is not None
+
+
+def _code_of(subject: _Subject, name: str) -> tuple[Any, ...]:
+    """What a back end knows generated code by."""
+    pattern = subject.filters.pattern
+    return name, subject.problem, subject.dtype, subject.place, pattern
 
 
 def _measured(subject: _Subject, passes: Sequence[str]) -> dict[str, dict[str, float]]:

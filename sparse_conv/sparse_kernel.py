@@ -185,11 +185,13 @@ class SparseKernel(tf.Module):
             backend: The back end that the calls will ask for.
             device: Where the operands will live, such as "/GPU:0"; None means where the
                 values are.
-            measure: Whether to time all algorithms, and on a GPU the tiles that are
-                expected to be best for generated code, which takes seconds to compile.
-                From then on, calls of exactly this shape, dtype and device and at
-                TensorFlow's present precision take the fastest one, as long as the
-                kernel lives; `explain` shows it.
+            measure: Whether to time all algorithms. From then on, calls of exactly this
+                shape, dtype and device and at TensorFlow's present precision take the
+                fastest one, as long as the kernel lives; `explain` shows it. On a GPU,
+                the ten tiles that are expected to be best for generated code are
+                compiled and compared before, for this and all kernels that share the
+                pattern. Tiles decide the order of sums: results may differ in their
+                last bits from those of other tiles.
             passes: Those that will be used, of "fprop", "dgrad" and "wgrad".
 
         Returns:

@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import sparse_conv
+from sparse_conv import jit
 from sparse_conv.backends import cuda_baked
 from sparse_conv.backends.cuda_baked import BakedCode, Loaded
 from sparse_conv.bridge import HOST, Memory
@@ -60,6 +61,8 @@ def seconds(monkeypatch) -> dict[str, float]:
     times: dict[str, float] = {}
 
     def compiled(code, block, rows, values):
+        if block not in times:
+            raise jit.CompileError(block)
         return Loaded(block, [times[block]])
 
     monkeypatch.setattr(cuda_baked, "_compiled", compiled)
@@ -75,9 +78,9 @@ def test_the_fastest_configuration_is_taken(code, seconds):
     code.block = "expected"
     assert code.loaded(others, waits=True) == [2.0]
     blocks = ["expected", "slower", "does not compile", "faster"]
-    code.tune(blocks, {}, {}, values)
+    assert code.tune(blocks, {}, {}, values) == 3
     assert code.loaded(values, waits=False) == Loaded("faster", [2.0])
-    assert code.block == "faster"
+    assert (code.block, code.compared) == ("faster", 3)
     # What computes with other values is not disturbed.
     assert code.loaded(others, waits=False) == [2.0]
 
@@ -92,9 +95,25 @@ def test_the_expected_configuration_stays_unless_another_is_clearly_faster(
 
 def test_where_no_configuration_compiles_nothing_changes(code, seconds):
     code.block = "expected"
-    code.tune(["none", "of these"], {}, {}, values_of(1.0))
-    assert code.block == "expected"
+    assert code.tune(["none", "of these"], {}, {}, values_of(1.0)) == 0
+    assert (code.block, code.compared) == ("expected", 0)
     assert code.loaded(values_of(1.0), waits=False) is None
+
+
+def test_other_faults_of_a_comparison_are_not_hidden(code, seconds, monkeypatch):
+    def broken(*_):
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(cuda_baked, "_compiled", broken)
+    with pytest.raises(ValueError, match="a mistake"):
+        code.tune(["expected"], {}, {}, values_of(1.0))
+
+
+def test_compared_configurations_count_as_generated(code, seconds, monkeypatch):
+    monkeypatch.setattr(cuda_baked, "_started", 0)
+    seconds.update(expected=3.0, faster=2.0)
+    code.tune(["expected", "faster"], {}, {}, values_of(1.0))
+    assert cuda_baked._started == 2
 
 
 def test_code_is_generated_for_values_that_are_used_again(code):

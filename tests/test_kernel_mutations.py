@@ -202,12 +202,13 @@ def check_baked(text: str) -> None:
 
 def check_baked_conversions(text: str) -> None:
     """The same for numbers that pass through registers."""
-    for problem, config in (
-        (VECTORS, VECTORS_CONFIG), (VECTORS, replace(VECTORS_CONFIG, vectors=False)),
-        (NHWC, NUMBERS_CONFIG),
-    ):  # fmt: skip
-        data = make_data(problem, "float16", 0.8, whole=True)
-        (call,) = baked_fprop_calls(problem, data, "float16", config, LITTLE_GPU)
+    for problem, config, dtype in (
+        (VECTORS, VECTORS_CONFIG, "float16"),
+        (VECTORS, replace(VECTORS_CONFIG, vectors=False), "bfloat16"),
+        (NHWC, NUMBERS_CONFIG, "float16"),
+    ):
+        data = make_data(problem, dtype, 0.8, whole=True)
+        (call,) = baked_fprop_calls(problem, data, dtype, config, LITTLE_GPU)
         # Several turns, the last one of which isn't whole.
         defines = tuple(dict(call.launch.defines, IN_FLIGHT="2").items())
         call = replace(call, launch=replace(call.launch, defines=defines))

@@ -14,9 +14,10 @@ A back end is a module with
         -> tuple[costs.Estimate, ...]     what each of its algorithms would take
     nonzeros(w) -> int | None             those of a dense kernel, None if not cheap
     finish_compiling() -> None            waits for what it compiles in the background
-    tune(pass_name, problem, dtype, place, pattern, read, w) -> str
-                                          chooses by times how "baked" computes a pass,
-                                          and says it; where that is an algorithm
+    tune(pass_name, problem, dtype, place, pattern, read, w) -> None
+                                          chooses by times how "baked" computes a pass
+    tuned(pass_name, problem, dtype, place, pattern) -> str | None
+                                          what was chosen so
     caches() -> list[Path]                where its compiled code is kept
 
 Each pass is prepared for one problem and place, and then run on eager tensors that live
@@ -29,6 +30,7 @@ for its compiler, or the former computes until the code is there. `estimates` ha
 in this order, and is a pure and cached function; `nnz` is the number of weights that
 are visited, and `constant` tells a SparseKernel whose values stay the same from one
 that is trained and from a dense kernel. The gradient to a dense kernel visits all.
+Where "baked" is never possible, there are no `tune` and `tuned`.
 "dense", TensorFlow's own convolution, belongs to no back end: see `sparse_conv.dense`.
 """
 

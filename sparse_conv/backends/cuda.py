@@ -247,8 +247,8 @@ def tune(
     pattern: Pattern,
     read: tf.Tensor,
     w: tf.Tensor,
-) -> str:
-    """Chooses the tiles of generated code by their times; says which."""
+) -> None:
+    """Chooses the tiles of generated code by their times."""
     gather = gather_of(pass_name, problem)
     code = _baked_code(pass_name, gather, pattern, dtype, place)
     blocks = shortlist(gather, dtype.name, pattern.nnz, limits(place), _TUNED)
@@ -256,7 +256,21 @@ def tune(
     _, memory = bridge.output(shape, dtype, place)
     operands = {"read": known_memory(read), "write": memory}
     code.tune(blocks, _baked_operands(gather, place), operands, w)
-    return f"{described(code.block, pattern.nnz)}, the fastest of {len(blocks)}"
+
+
+def tuned(
+    pass_name: str,
+    problem: Problem,
+    dtype: tf.DType,
+    place: Place,
+    pattern: Pattern,
+) -> str | None:
+    """What `tune` chose for a pattern; None if it did not."""
+    gather = gather_of(pass_name, problem)
+    code = _baked_code(pass_name, gather, pattern, dtype, place)
+    if not code.compared:
+        return None
+    return f"{described(code.block, pattern.nnz)}, the fastest of {code.compared}"
 
 
 def _gather_run(
