@@ -64,8 +64,8 @@
 #define SCATTERS 0
 #endif
 // So many loads of a thread are on their way together: copies need no registers, but
-// their addresses do, as do numbers that are converted, for which there is room while
-// there are no sums.
+// their addresses do, as do numbers that are converted. The plan sees to it that there is
+// room, except where a single tile is loaded again beside all sums.
 #ifndef IN_FLIGHT
 #define IN_FLIGHT 2
 #endif

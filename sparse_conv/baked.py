@@ -54,9 +54,10 @@ FUNCTION_PIECES = 512
 _CONVERTED = ("float16", "bfloat16")
 _MOST_IN_FLIGHT = 12
 _LEAST_IN_FLIGHT = 2
-# Registers of a multiprocessor, and those of a thread beside its sums and loads.
+# Registers of a multiprocessor, and those that a thread needs while it loads, beside
+# its sums and what it has loaded.
 REGISTERS = 65536
-_OTHER_REGISTERS = 30
+_LOADING_REGISTERS = 30
 
 _POINTERS = ("read", "bias", "origins", "write")
 
@@ -593,7 +594,7 @@ def _loading_defines(dtype: str, block: BakedBlock) -> tuple[tuple[str, str], ..
     if block.chunks > 1:
         # From the second chunk on, the sums are there, too. So many 16-bit numbers take
         # that many registers, their address one.
-        room = _registers(block.config) - block.config.sums - _OTHER_REGISTERS
+        room = _registers(block.config) - block.config.sums - _LOADING_REGISTERS
         most = min(most, room // (-(-loading.unit // 2) + 1))
     return (
         ("SCATTERS", str(int(loading.unit > block.tile.vector))),

@@ -212,9 +212,10 @@ def prepare(
         input_shape, kernel, (strides, padding, data_format, dilations), None,
         algorithm, backend, device,
     )  # fmt: skip
+    measured = {}
     if measure:
         _tune(subject, passes)
-    measured = _measured(subject, passes) if measure else {}
+        measured = _measured(subject, passes)
     for name, times in measured.items():
         question = _question(subject, name)
         subject.convolution.keep_measured(question, _with_times(subject, name, times))

@@ -299,9 +299,8 @@ def test_the_shortlist_begins_with_the_choice_and_has_other_tiles():
     blocks = baked_plan.shortlist(gather, "float32", 500, LARGE_GPU, 6)
     choice = baked_plan.choose_baked_block(gather, "float32", 500, LARGE_GPU)
     assert blocks[0].config == choice.block.config
-    tiles = {
-        (b.config.outputs, b.config.tile_h, b.config.tile_w) for b in blocks
-    }  # fmt: skip
+    configs = [block.config for block in blocks]
+    tiles = {(one.outputs, one.tile_h, one.tile_w) for one in configs}
     assert len(tiles) == len(blocks) == 6
 
 

@@ -177,11 +177,11 @@ class BakedCode:
         fixed: Mapping[str, Memory],
         operands: Mapping[str, Memory],
         values: tf.Tensor,
-    ) -> int:
+    ) -> None:
         """Takes the configuration that is the fastest with these values.
 
         What computes with other values goes on to do so, and what is compiled for new
-        ones has the configuration.
+        ones has the configuration. Nothing changes if the code compiles for none.
 
         Args:
             blocks: The configurations to compare, the first of which is expected to be
@@ -189,15 +189,12 @@ class BakedCode:
             fixed: The memory of operands that are the same at each use.
             operands: The memory of "read" and "write"; what is written is overwritten.
             values: The kernel's values.
-
-        Returns:
-            How many were compared; nothing changes if there are none.
         """
         global _started
-        rows = self.make_rows()
+        rows, numbers = self.make_rows(), _numbers(values)
         futures = [
             _kernel_workers.submit(
-                lambda block=block: _compiled(self, block, rows, values)
+                lambda block=block: _compiled(self, block, rows, numbers)
             )
             for block in blocks
         ]
@@ -219,7 +216,6 @@ class BakedCode:
                 self.block = best.block
                 self.compared = compared
                 state.loaded = best
-        return compared
 
     def _seconds(
         self,
@@ -313,15 +309,19 @@ def _compile(
     rows = code.make_rows() if code is not None and state is not None else None
     if rows is None:
         return None
-    return _compiled(code, code.block, rows, state.values)
+    return _compiled(code, code.block, rows, _numbers(state.values))
+
+
+def _numbers(values: tf.Tensor) -> np.ndarray:
+    """Values on the host, in a dtype that NumPy has."""
+    return np.asarray(tf.cast(values, tf.float32) if values.dtype.size == 2 else values)
 
 
 def _compiled(
-    code: BakedCode, block: BakedBlock, rows: Rows, values: tf.Tensor
+    code: BakedCode, block: BakedBlock, rows: Rows, values: np.ndarray
 ) -> Loaded:
     """Generates, compiles and loads the code for one configuration."""
-    wide = tf.cast(values, tf.float32) if values.dtype.size == 2 else values
-    functions = baked.bake(code.gather, rows, np.asarray(wide), code.dtype.name, block)
+    functions = baked.bake(code.gather, rows, values, code.dtype.name, block)
     futures = [
         _function_workers.submit(lambda function=function: _load(code, block, function))
         for function in functions
