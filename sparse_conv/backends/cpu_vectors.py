@@ -417,13 +417,25 @@ def sum_products(
                 builder.gep(first, [builder.mul(outputs, _INT64(j))])
                 for j in range(cells)
             ]
-            zeros = [vectors.zero()] * cells
-            totals = _add_chains(stream, begin, end, length, zeros)
+            # Sums that hold nothing begin with the bias.
+            bias_number = builder.load(builder.gep(biases, [output]))
+            start = builder.select(fresh, bias_number, vectors.scalar(0))
+            totals = [vectors.splat(start)] * cells
+            totals = _add_chains(stream, begin, end, length, totals)
+            held, store = (builder.append_basic_block(name) for name in ("held", "store"))
+            done = builder.append_basic_block("row_done")
+            builder.cbranch(fresh, store, held)
+            builder.position_at_end(held)
             # The block's sum joins the others as a whole, or errors would grow.
-            start = vectors.splat(builder.load(builder.gep(biases, [output])))
             for place, total in zip(places, totals, strict=True):
-                held = builder.select(fresh, start, vectors.load_cell(place, 0))
-                vectors.store_cell(vectors.add(held, total), place, 0)
+                joined = vectors.add(vectors.load_cell(place, 0), total)
+                vectors.store_cell(joined, place, 0)
+            builder.branch(done)
+            builder.position_at_end(store)
+            for place, total in zip(places, totals, strict=True):
+                vectors.store_cell(total, place, 0)
+            builder.branch(done)
+            builder.position_at_end(done)
             return []
 
         _loop(builder, _INT64(0), outputs, [], body)
