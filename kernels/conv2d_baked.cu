@@ -3,9 +3,9 @@
 // Every thread computes OUTPUTS channels of PIXELS pixels, one above the other. For each
 // input that it reads, there is one instruction for each nonzero weight of that input and
 // pixel, with the weight as its immediate operand: nothing is decoded and no zero is
-// visited. The instructions are generated (see baked_code.cuh); this text is what
-// surrounds them: it brings tiles of the input into shared memory, a chunk of channels
-// ahead of the computation, and stores.
+// visited. The instructions are generated (see baked_code.cuh), and so are the numbers of
+// LAYOUT; this text is what surrounds them: it brings tiles of the input into shared
+// memory, a chunk of channels ahead of the computation, and stores.
 //
 // A block stays and takes one tile after the other, so that the next tile is on its way
 // and the last outputs are on theirs while it computes. One warp more than compute finds
@@ -129,13 +129,9 @@ struct Sums {
     Accumulator of[PIXELS * OUTPUTS];
 };
 
-#include "baked_code.cuh"
-
-struct Arguments {
-    const Storage* read;
-    const Storage* bias;
-    const int* origins;
-    Storage* write;
+// What the code is generated for. It is compiled in, because a launch is short: the first
+// tile is on its way when half as many instructions have been fetched.
+struct Layout {
     Geometry geometry;
     Tiling tiling;
     // The tile in shared memory; pitches in accumulators.
@@ -151,10 +147,13 @@ struct Arguments {
     Divisor by_column_threads;
     int rows_at_once;
     int columns_at_once;
-    // The first phases' origins, for when `origins` is null.
+    // So often, for all columns and all channels of a chunk.
+    int column_turns;
+    int channel_turns;
+    // Whether there is but one phase, and its origins then.
+    int has_one_phase;
     int origin_h;
     int origin_w;
-    int activation;
     int chunk;
     int chunks;
     // From one buffer to the next, in bytes.
@@ -163,17 +162,32 @@ struct Arguments {
     int stage;
     // Whether QUAD channels are stored at once.
     int store_quads;
-    // The first of the parts that this function has the code of: a part is OUTPUTS
-    // channels of one group for one pair of row sets.
+    // The parts that this function has the code of: a part is OUTPUTS channels of one
+    // group for one pair of row sets.
     int first_part;
-    // Over the tiles of a part, the parts of a pair of row sets, and those of a group.
-    Divisor by_tiles;
+    int parts;
+    // Over the parts of a pair of row sets, and those of a group.
     Divisor by_set_parts;
     Divisor by_group_parts;
     Divisor by_sets_w;
-    // Tiles of all parts of this function.
-    int items;
     Steps steps;
+};
+
+#include "baked_code.cuh"
+
+__device__ constexpr Layout LAYOUT = {LAYOUT_NUMBERS};
+
+// What differs from call to call.
+struct Arguments {
+    const Storage* read;
+    const Storage* bias;
+    // Null where there is one phase.
+    const int* origins;
+    Storage* write;
+    int activation;
+    // Tiles of all parts of this function, and the tiles of a part.
+    int items;
+    Divisor by_tiles;
 };
 
 // Channels that a warp stages at once, and the accumulators from a pixel to the next. An
@@ -183,14 +197,12 @@ struct Arguments {
 #define STAGE_PITCH (STAGED + PADDING)
 
 // Which outputs an item computes.
-struct alignas(16) Part {
+struct Part {
     int set_h;
     int set_w;
     int first_input;
     int first_output;
     int outputs;
-    // The first of its pieces of code.
-    int piece;
 };
 
 // What a block's threads share about one item: a tile of one part. It lies in shared
@@ -199,7 +211,8 @@ struct alignas(16) Part {
 struct Item {
     Window input;
     Window output;
-    Part part;
+    // The part, of those of this function.
+    int part;
 };
 
 // Of the item that some threads still store, the one that is computed, and the next one,
@@ -207,44 +220,49 @@ struct Item {
 #define ITEMS 3
 
 // The plan reserves so much in front of the tiles.
-static_assert(sizeof(Item) == 96, "ITEM_BYTES in baked.py must be changed, too");
+static_assert(sizeof(Item) == 80, "ITEM_BYTES in baked.py must be changed, too");
 
-__device__ __forceinline__ Part find_part(const Arguments& a, int local_number) {
-    const Geometry& geometry = a.geometry;
-    int set_h = a.first_part + local_number;
-    int group = divide_on(set_h, a.by_set_parts);
-    const int set_w = divide_on(set_h, a.by_sets_w);
-    const int first = divide_on(group, a.by_group_parts) * OUTPUTS;
+// With a single part, all of it is known to the compiler.
+__device__ __forceinline__ Part find_part(int number) {
+    const Geometry& geometry = LAYOUT.geometry;
+    int set_h = LAYOUT.first_part + (LAYOUT.parts > 1 ? number : 0);
+    int group = divide_on(set_h, LAYOUT.by_set_parts);
+    const int set_w = divide_on(set_h, LAYOUT.by_sets_w);
+    const int first = divide_on(group, LAYOUT.by_group_parts) * OUTPUTS;
     Part part;
     part.set_h = set_h;
     part.set_w = set_w;
     part.first_input = group * geometry.group_in;
     part.first_output = group * geometry.group_out + first;
-    part.outputs = min(OUTPUTS, geometry.group_out - first);
-    part.piece = local_number * a.chunks;
+    part.outputs = geometry.group_out % OUTPUTS == 0
+                       ? OUTPUTS
+                       : min(OUTPUTS, geometry.group_out - first);
     return part;
 }
 
 // Items that run the same code are neighbours.
 __device__ __forceinline__ void find_item(const Arguments& a, unsigned number, Item& item) {
-    int local_part = static_cast<int>(number);
-    const int tile = divide_on(local_part, a.by_tiles);
-    const Part part = find_part(a, local_part);
-    item.part = part;
+    const Geometry& geometry = LAYOUT.geometry;
+    int tile = static_cast<int>(number);
+    item.part = 0;
+    if (LAYOUT.parts > 1) {
+        item.part = tile;
+        tile = divide_on(item.part, a.by_tiles);
+    }
+    const Part part = find_part(item.part);
     item.input = empty_window();
     item.output = empty_window();
     Subtile subtile;
-    if (find_subtile(tile, part.set_h, part.set_w, a.geometry, a.tiling, subtile)) {
-        // Usually there is but one phase, whose origins need no memory.
-        int origin_h = a.origin_h;
-        int origin_w = a.origin_w;
-        if (a.origins) {
+    if (find_subtile(tile, part.set_h, part.set_w, geometry, LAYOUT.tiling, subtile)) {
+        int origin_h = LAYOUT.origin_h;
+        int origin_w = LAYOUT.origin_w;
+        if (!LAYOUT.has_one_phase) {
             origin_h = __ldg(a.origins + subtile.phase_h);
-            origin_w = __ldg(a.origins + a.geometry.h.visited + subtile.phase_w);
+            origin_w = __ldg(a.origins + geometry.h.visited + subtile.phase_w);
         }
-        item.input = input_window(a.read, subtile, part.first_input, a.geometry,
-                                  a.extent_h, a.extent_w, origin_h, origin_w);
-        item.output = output_window(a.write, subtile, a.geometry, a.tiling);
+        item.input = input_window(a.read, subtile, part.first_input, geometry,
+                                  LAYOUT.extent_h, LAYOUT.extent_w, origin_h, origin_w);
+        item.output = output_window(a.write, subtile, geometry, LAYOUT.tiling);
     }
 }
 
@@ -326,38 +344,44 @@ __device__ __forceinline__ void load_rows(
 // Starts to bring a chunk of channels of what an item reads into a tile.
 template <int LOADS_AHEAD>
 __device__ __forceinline__ void load_tile(
-    const Arguments& a, const Window& window, char* buffer, int first_channel) {
+    const Window& window, char* buffer, int first_channel) {
     Accumulator* tile = reinterpret_cast<Accumulator*>(buffer);
-    const int row = divide(threadIdx.x, a.by_row_threads);
-    const int in_row = threadIdx.x - row * a.by_row_threads.divisor;
-    const int column = divide(in_row, a.by_column_threads);
-    const int in_column = in_row - column * a.by_column_threads.divisor;
+    const int row = divide(threadIdx.x, LAYOUT.by_row_threads);
+    const int in_row = threadIdx.x - row * LAYOUT.by_row_threads.divisor;
+    const int column = divide(in_row, LAYOUT.by_column_threads);
+    const int in_column = in_row - column * LAYOUT.by_column_threads.divisor;
     // The threads of the last, incomplete row have nothing to load.
-    const int channels =
-        row < a.rows_at_once ? min(a.chunk, a.geometry.group_in - first_channel) : 0;
-    const int stride = a.geometry.w.stride;
+    const int channels = row < LAYOUT.rows_at_once
+                             ? min(LAYOUT.chunk, LAYOUT.geometry.group_in - first_channel)
+                             : 0;
+    const int stride = LAYOUT.geometry.w.stride;
     const Storage* origin =
-        window.origin + widening(first_channel, a.steps.read_channel);
-    const int source_step = a.rows_at_once * a.steps.read_row;
-    const int target_step = a.rows_at_once * a.row_pitch;
+        window.origin + widening(first_channel, LAYOUT.steps.read_channel);
+    const int source_step = LAYOUT.rows_at_once * LAYOUT.steps.read_row;
+    const int target_step = LAYOUT.rows_at_once * LAYOUT.row_pitch;
 #pragma unroll 1
-    for (int channel = in_column * UNIT; channel < channels;
-         channel += a.by_column_threads.divisor * UNIT) {
+    for (int channel_turn = 0; channel_turn < LAYOUT.channel_turns; ++channel_turn) {
+        const int channel =
+            (channel_turn * LAYOUT.by_column_threads.divisor + in_column) * UNIT;
+        if (channel >= channels) break;
 #pragma unroll 1
-        for (int quotient = column; quotient < a.columns; quotient += a.columns_at_once) {
+        for (int column_turn = 0; column_turn < LAYOUT.column_turns; ++column_turn) {
+            const int quotient = column_turn * LAYOUT.columns_at_once + column;
+            if (quotient >= LAYOUT.columns) break;
 #pragma unroll 1
             for (int remainder = 0; remainder < stride; ++remainder) {
                 const int x = quotient * stride + remainder;
                 const bool column_exists = static_cast<unsigned>(x - window.x_begin) <
                                            static_cast<unsigned>(window.x_count);
-                const int source = channel * a.steps.read_channel +
-                                   x * a.steps.read_column + row * a.steps.read_row;
+                const int source = channel * LAYOUT.steps.read_channel +
+                                   x * LAYOUT.steps.read_column +
+                                   row * LAYOUT.steps.read_row;
                 Accumulator* target =
-                    tile + channel * a.channel_pitch + row * a.row_pitch +
-                    (remainder * a.columns + quotient) * a.column_pitch;
+                    tile + channel * LAYOUT.channel_pitch + row * LAYOUT.row_pitch +
+                    (remainder * LAYOUT.columns + quotient) * LAYOUT.column_pitch;
                 load_rows<LOADS_AHEAD>(window, origin, source, source_step, column_exists,
-                                       target, target_step, row, a.rows_at_once,
-                                       a.extent_h);
+                                       target, target_step, row, LAYOUT.rows_at_once,
+                                       LAYOUT.extent_h);
             }
         }
     }
@@ -365,14 +389,13 @@ __device__ __forceinline__ void load_tile(
 }
 
 // Where the thread's pixel lies, from the item's first on; negative if there is none.
-__device__ __forceinline__ int find_offset(
-    const Arguments& a, const Window& output, int pixel) {
-    const int strip = divide(threadIdx.x, a.tiling.by_tile_w);
-    const int x = threadIdx.x - strip * a.tiling.tile_w;
+__device__ __forceinline__ int find_offset(const Window& output, int pixel) {
+    const int strip = divide(threadIdx.x, LAYOUT.tiling.by_tile_w);
+    const int x = threadIdx.x - strip * LAYOUT.tiling.tile_w;
     const int y = strip * PIXELS + pixel;
     // What exists of the tile ends where the tile does, at the latest.
     if (!contains(output, y, x)) return -1;
-    return y * a.steps.write_row + x * a.steps.write_column;
+    return y * LAYOUT.steps.write_row + x * LAYOUT.steps.write_column;
 }
 
 // The sums begin with the bias: at the end there would be no registers to load it into.
@@ -402,19 +425,19 @@ __device__ __forceinline__ void activate_staged(
 // is `write`. `offset` is where the lane's own pixel lies from there on, or negative.
 // Neighbouring lanes write neighbouring memory.
 __device__ __forceinline__ void store_staged(
-    const Arguments& a, const Accumulator* stage, Storage* write, int offset, int channels) {
+    const Accumulator* stage, Storage* write, int offset, int channels) {
     const int lane = threadIdx.x % WARP;
     // Few channels of neighbouring pixels lie close enough.
     if (!CHANNELS_LAST || OUTPUTS < QUAD) {
         if (offset < 0) return;
 #pragma unroll 4
         for (int c = 0; c < channels; ++c) {
-            write[offset + c * a.steps.write_channel] =
+            write[offset + c * LAYOUT.steps.write_channel] =
                 to_storage(stage[lane * STAGE_PITCH + c]);
         }
         return;
     }
-    if (!a.store_quads) {
+    if (!LAYOUT.store_quads) {
 #pragma unroll 4
         for (int pixel = 0; pixel < WARP; ++pixel) {
             const int place = __shfl_sync(FULL_MASK, offset, pixel);
@@ -454,9 +477,10 @@ __device__ __forceinline__ void stage_quads(
 __device__ __forceinline__ void store_pixel(
     const Arguments& a, Accumulator* stage, const Item& item, int pixel,
     const Accumulator* sums) {
-    const int offset = find_offset(a, item.output, pixel);
+    const Part part = find_part(item.part);
+    const int offset = find_offset(item.output, pixel);
     Storage* write = a.write + item.output.offset +
-                     widening(item.part.first_output, a.steps.write_channel);
+                     widening(part.first_output, LAYOUT.steps.write_channel);
     Accumulator* own = stage + threadIdx.x % WARP * STAGE_PITCH;
 #pragma unroll
     for (int first = 0; first < OUTPUTS; first += STAGED) {
@@ -469,10 +493,10 @@ __device__ __forceinline__ void store_pixel(
             if (k < OUTPUTS) own[k - first] = sums[k];
         }
 #endif
-        const int channels = min(STAGED, item.part.outputs - first);
+        const int channels = min(STAGED, part.outputs - first);
         if (a.activation > RELU) activate_staged(a, own, channels);
         __syncwarp();
-        store_staged(a, stage, write + widening(first, a.steps.write_channel), offset,
+        store_staged(stage, write + widening(first, LAYOUT.steps.write_channel), offset,
                      channels);
     }
 }
@@ -494,12 +518,12 @@ __device__ __forceinline__ void store(
 
 // Where the thread reads the tile for the first tap of its first pixel, in bytes. A thread
 // behind the tile's end computes pixel 0 again; it isn't stored.
-__device__ __forceinline__ int find_place(const Arguments& a) {
-    const int strip = divide(threadIdx.x, a.tiling.by_tile_w);
-    const int x = threadIdx.x - strip * a.tiling.tile_w;
+__device__ __forceinline__ int find_place() {
+    const int strip = divide(threadIdx.x, LAYOUT.tiling.by_tile_w);
+    const int x = threadIdx.x - strip * LAYOUT.tiling.tile_w;
     const int y = strip * PIXELS;
-    if (y >= a.tiling.tile_h) return 0;
-    return (y * a.geometry.h.stride * a.row_pitch + x * a.column_pitch) *
+    if (y >= LAYOUT.tiling.tile_h) return 0;
+    return (y * LAYOUT.geometry.h.stride * LAYOUT.row_pitch + x * LAYOUT.column_pitch) *
            static_cast<int>(sizeof(Accumulator));
 }
 
@@ -515,7 +539,7 @@ __device__ __forceinline__ void meet() {
 
 #define PARTIAL_SUMS 16
 
-// Adds a chunk's products to the sums. Where there are registers, they have sums of their
+// Adds a chunk's products to the sums. `piece` counts the chunks of all parts. Where there are registers, they have sums of their
 // own: rounding errors then grow with the number of chunks, plus that of a chunk's products.
 __device__ __forceinline__ void add_chunk(int piece, const char* place, Sums& sums) {
 #if MANY_CHUNKS && PIXELS * OUTPUTS <= PARTIAL_SUMS
@@ -542,7 +566,7 @@ __device__ __forceinline__ void scout(const Arguments& a, Item* items) {
             find_item(a, number + gridDim.x, items[turn]);
         }
         __syncwarp();
-        for (int chunk = 0; chunk < (MANY_CHUNKS ? a.chunks : 1); ++chunk) {
+        for (int chunk = 0; chunk < (MANY_CHUNKS ? LAYOUT.chunks : 1); ++chunk) {
             meet();
             if (!BUFFERED) meet();
         }
@@ -555,7 +579,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
     Item* items = reinterpret_cast<Item*>(memory);
     char* tiles = memory + ITEMS * sizeof(Item);
     if (threadIdx.x == WARPS * WARP) find_item(a, blockIdx.x, items[0]);
-    const char* place = tiles + find_place(a);
+    const char* place = tiles + find_place();
     __syncthreads();
     if (threadIdx.x >= WARPS * WARP) {
         scout(a, items);
@@ -564,34 +588,34 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
 
     int buffer = 0;
     int turn = 0;
-    load_tile<IN_FLIGHT>(a, items[0].input, tiles, 0);
+    load_tile<IN_FLIGHT>(items[0].input, tiles, 0);
     FOR_ITEMS(number) {
         const Item& item = items[turn];
         turn = turn == ITEMS - 1 ? 0 : turn + 1;
         Sums sums;
-        for (int chunk = 0; chunk < (MANY_CHUNKS ? a.chunks : 1); ++chunk) {
+        for (int chunk = 0; chunk < (MANY_CHUNKS ? LAYOUT.chunks : 1); ++chunk) {
             wait_for_copies<0>();
             meet();
-            const bool goes_on = MANY_CHUNKS && chunk + 1 < a.chunks;
+            const bool goes_on = MANY_CHUNKS && chunk + 1 < LAYOUT.chunks;
             const bool loads = goes_on || number + gridDim.x < a.items;
             const Window& next = goes_on ? item.input : items[turn].input;
-            const int next_channel = goes_on ? (chunk + 1) * a.chunk : 0;
-            const int next_buffer = BUFFERED ? a.buffer - buffer : 0;
+            const int next_channel = goes_on ? (chunk + 1) * LAYOUT.chunk : 0;
+            const int next_buffer = BUFFERED ? LAYOUT.buffer - buffer : 0;
             // Nobody reads the other buffer any more.
             if (loads && BUFFERED) {
-                load_tile<IN_FLIGHT>(a, next, tiles + next_buffer, next_channel);
+                load_tile<IN_FLIGHT>(next, tiles + next_buffer, next_channel);
             }
-            if (chunk == 0) begin_sums(a, item.part, sums);
-            add_chunk(item.part.piece + chunk, place + buffer, sums);
+            if (chunk == 0) begin_sums(a, find_part(item.part), sums);
+            add_chunk(item.part * LAYOUT.chunks + chunk, place + buffer, sums);
             if (!BUFFERED) {
                 meet();
                 if (loads) {
-                    load_tile<IN_FLIGHT_BESIDE_SUMS>(a, next, tiles, next_channel);
+                    load_tile<IN_FLIGHT_BESIDE_SUMS>(next, tiles, next_channel);
                 }
             }
             buffer = next_buffer;
         }
-        Accumulator* stage = reinterpret_cast<Accumulator*>(tiles + a.stage);
+        Accumulator* stage = reinterpret_cast<Accumulator*>(tiles + LAYOUT.stage);
         store(a, stage + threadIdx.x / WARP * WARP * STAGE_PITCH, item, sums);
     }
 }

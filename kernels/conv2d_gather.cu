@@ -38,13 +38,14 @@ struct Arguments {
     Storage* write;
     Geometry geometry;
     Tiling tiling;
+    // Of one pair of row sets.
+    int subtiles;
     Lattice lattice;
     Divisor by_block_rows;
     // What neighbouring threads store first: the block's channels (in quads, if those are
     // stored), or the staged pixels.
     Divisor by_stored_first;
     int activation;
-    int channels_last;
     int chunk;
     int chunks;
     int row_groups;
@@ -184,8 +185,8 @@ __device__ __forceinline__ void store_elements(
         const int element = first + u * blockDim.x;
         const int quotient = divide(element, a.by_stored_first);
         const int remainder = element - quotient * a.by_stored_first.divisor;
-        const int channel = a.channels_last ? remainder : quotient;
-        const int place = a.channels_last ? quotient : remainder;
+        const int channel = a.geometry.channels_last ? remainder : quotient;
+        const int place = a.geometry.channels_last ? quotient : remainder;
         const bool wanted = (element < elements) & (channel < channels);
         const int position = first_position + place;
         y[u] = divide(position, a.tiling.by_tile_w);
@@ -324,8 +325,9 @@ __device__ __forceinline__ void find_windows(
     shared.inputs[slot] = empty_window();
     shared.outputs[slot] = empty_window();
     Subtile subtile;
-    if (find_subtile(subtile_group * SLOTS + slot, set_h, set_w, a.geometry, a.tiling,
-                     subtile)) {
+    const int number = subtile_group * SLOTS + slot;
+    if (number < a.subtiles &&
+        find_subtile(number, set_h, set_w, a.geometry, a.tiling, subtile)) {
         shared.inputs[slot] =
             input_window(a.read, subtile, first_input, a.geometry, a.lattice.extent_h,
                          a.lattice.extent_w, __ldg(a.origins + subtile.phase_h),
@@ -395,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) conv2d_gather(const Argumen
                 __syncthreads();
                 load_tile(reinterpret_cast<Pack*>(shared.tile), shared.inputs, a.lattice,
                           a.steps.read_row, a.steps.read_column, a.steps.read_channel,
-                          a.channels_last, first_input, inputs);
+                          a.geometry.channels_last, first_input, inputs);
                 __syncthreads();
                 loaded = MANY_PASSES && a.chunks == 1;
             }

@@ -28,9 +28,9 @@ struct Arguments {
     long long entries;
     Geometry geometry;
     Tiling tiling;
+    int subtiles;
     Lattice lattice;
     Lattice outputs;
-    int channels_last;
     int chunk;
     int chunks;
     int row_groups;
@@ -72,7 +72,9 @@ __device__ __forceinline__ void find_windows(
     shared.inputs[slot] = empty_window();
     shared.outputs[slot] = empty_window();
     Subtile subtile;
-    if (find_subtile(subtile_group * SLOTS + slot, 0, 0, a.geometry, a.tiling, subtile)) {
+    const int number = subtile_group * SLOTS + slot;
+    if (number < a.subtiles &&
+        find_subtile(number, 0, 0, a.geometry, a.tiling, subtile)) {
         shared.inputs[slot] =
             input_window(a.read, subtile, first_input, a.geometry, a.lattice.extent_h,
                          a.lattice.extent_w, __ldg(a.origins + subtile.phase_h),
@@ -202,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) conv2d_wgrad(const Argument
         find_windows(a, shared, number, group * geometry.group_in);
         __syncthreads();
         load_tile(shared.gradient, shared.outputs, a.outputs, a.steps.write_row,
-                  a.steps.write_column, a.steps.write_channel, a.channels_last,
+                  a.steps.write_column, a.steps.write_channel, a.geometry.channels_last,
                   first_channel, channels);
         const Pixels pixels = find_pixels(a, shared);
         int cursor = begin;
@@ -212,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) conv2d_wgrad(const Argument
             const int limit = (first_input + inputs) * geometry.h.taps * geometry.w.taps;
             if (chunk > 0) __syncthreads();
             load_tile(shared.tile, shared.inputs, a.lattice, a.steps.read_row,
-                      a.steps.read_column, a.steps.read_channel, a.channels_last,
+                      a.steps.read_column, a.steps.read_channel, a.geometry.channels_last,
                       first_input, inputs);
             __syncthreads();
 #pragma unroll 1

@@ -35,10 +35,11 @@ struct Pitch {
 struct Geometry {
     Pitch read;
     Pitch write;
-    int n;
     int group_in;
     int group_out;
     int out_channels;
+    // Whether a pixel's channels are neighbours in memory.
+    int channels_last;
     Axis h;
     Axis w;
     Divisor by_taps_h;

@@ -60,8 +60,6 @@ struct Tiling {
     // Over the phases of one row set, at most.
     Divisor by_set_phases_h;
     Divisor by_set_phases_w;
-    // Subtiles of one pair of row sets.
-    int subtiles;
     Divisor by_tile_w;
 };
 
@@ -76,11 +74,10 @@ __device__ __forceinline__ void existing(
     count = first < last ? last - first : 0;
 }
 
-// Finds subtile number `number` of a pair of row sets; false if there is none.
+// Finds subtile number `number` of a pair of row sets; false if its phase has no outputs.
 __device__ __forceinline__ bool find_subtile(
     int number, int set_h, int set_w, const Geometry& geometry, const Tiling& tiling,
     Subtile& found) {
-    if (number >= tiling.subtiles) return false;
     found.i_w = divide_on(number, tiling.by_tiles_w) * tiling.tile_w;
     found.i_h = divide_on(number, tiling.by_tiles_h) * tiling.tile_h;
     found.phase_w =

@@ -37,7 +37,7 @@ from sparse_conv.tiling import (
 )
 
 # Bytes of the struct Item in conv2d_baked.cu, and how many a block keeps.
-ITEM_BYTES = 96
+ITEM_BYTES = 80
 ITEMS = 3
 # Channels that a warp stages at a time; as in conv2d_baked.cu.
 STAGED = 32
@@ -355,7 +355,10 @@ def bake(
     ordered = wide if rows.order is None else wide[rows.order]
     entries = _entries(gather, rows, ordered, block, dtype)
     return [
-        BakedFunction("".join(_code(entries, parts, block)), parts)
+        BakedFunction(
+            "".join((*_layout(gather, block, parts), *_code(entries, parts, block))),
+            parts,
+        )
         for parts in _functions(entries, block)
     ]
 
@@ -461,8 +464,59 @@ def _functions(entries: _Entries, block: BakedBlock) -> Iterator[range]:
         yield range(first, last)
 
 
+def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
+    """The numbers of the struct Layout in conv2d_baked.cu.
+
+    None of them depends on the number of images: text that differs in nothing else is
+    compiled once.
+    """
+    config, tile, loading = block.config, block.tile, block.loading
+    several = needs_origins(gather)
+    column_threads = loading.column_threads
+    members = {
+        "geometry": (*geometry_longs(gather), *geometry_words(gather)),
+        "tiling": block.tiling.words(),
+        "tile": (
+            tile.extent_h,
+            tile.extent_w,
+            tile.columns,
+            tile.row_pitch,
+            tile.column_pitch,
+            tile.channel_pitch,
+        ),
+        "loading": (
+            *divisor_words(loading.row_threads),
+            *divisor_words(column_threads),
+            loading.rows,
+            loading.columns,
+            -(-tile.columns // loading.columns),
+            -(-config.chunk // (column_threads * loading.unit)),
+        ),
+        "origins": (
+            int(not several),
+            0 if several else gather.h.origins[0],
+            0 if several else gather.w.origins[0],
+        ),
+        "chunks": (config.chunk, block.chunks, tile.nbytes),
+        "stores": (block.stage, int(has_quads(gather, config.outputs))),
+        "parts": (
+            parts.start,
+            len(parts),
+            *divisor_words(gather.groups * block.group_parts),
+            *divisor_words(block.group_parts),
+            *divisor_words(gather.w.row_sets),
+        ),
+        "steps": memory_steps(gather),
+    }
+    lines = (
+        f"/* {name} */ {', '.join(map(str, numbers))}"
+        for name, numbers in members.items()
+    )
+    yield "#define LAYOUT_NUMBERS " + ", \\\n    ".join(lines) + "\n"
+
+
 def _code(entries: _Entries, parts: range, block: BakedBlock) -> Iterator[str]:
-    """The text that takes the place of baked_code.cuh."""
+    """Sums and pieces, as baked_code.cuh has them."""
     sums = block.config.sums
     yield f"#define SUMS {', '.join(f'SUM({k})' for k in range(sums))}\n"
     yield f'#define PLACE "%{sums}"\n'
@@ -522,38 +576,8 @@ def baked_launch(
         A launch with the pointers read (16-byte aligned), bias (optional), origins
         (null if `needs_origins` is false) and write (16-byte aligned).
     """
-    config, tile, loading = block.config, block.tile, block.loading
-    items = len(function.parts) * block.tiling.subtiles
-    words = (
-        *geometry_words(gather),
-        *block.tiling.words(),
-        tile.extent_h,
-        tile.extent_w,
-        tile.columns,
-        tile.row_pitch,
-        tile.column_pitch,
-        tile.channel_pitch,
-        *divisor_words(loading.row_threads),
-        *divisor_words(loading.column_threads),
-        loading.rows,
-        loading.columns,
-        # Otherwise they are in memory.
-        0 if needs_origins(gather) else gather.h.origins[0],
-        0 if needs_origins(gather) else gather.w.origins[0],
-        activation,
-        config.chunk,
-        block.chunks,
-        tile.nbytes,
-        block.stage,
-        int(has_quads(gather, config.outputs)),
-        function.parts.start,
-        *divisor_words(block.tiling.subtiles),
-        *divisor_words(gather.groups * block.group_parts),
-        *divisor_words(block.group_parts),
-        *divisor_words(gather.w.row_sets),
-        items,
-        *memory_steps(gather),
-    )
+    config, items = block.config, len(function.parts) * block.tiling.subtiles
+    words = (activation, items, *divisor_words(block.tiling.subtiles))
     return Launch(
         "conv2d_baked",
         _defines(dtype, block, gather.data_format),
@@ -561,7 +585,7 @@ def baked_launch(
         ((config.warps + 1) * WARP, 1, 1),
         block.shared_mem_bytes,
         _POINTERS,
-        pack_words(geometry_longs(gather), words),
+        pack_words((), words),
         function.code,
     )
 

@@ -57,19 +57,21 @@ class Launch:
 
 
 def pack_words(longs: Sequence[int], words: Sequence[int]) -> bytes:
-    """64-bit members, then 32-bit members, padded to a multiple of 8 bytes."""
+    """64-bit members, then 32-bit members, padded to a multiple of 8 bytes.
+
+    Args:
+        longs: Signed numbers.
+        words: Signed or unsigned numbers.
+    """
     padding = [0] * (len(words) % 2)
-    return struct.pack(
-        f"<{len(longs)}q{len(words) + len(padding)}i", *longs, *words, *padding
-    )
+    bits = [word & 0xFFFFFFFF for word in (*words, *padding)]
+    return struct.pack(f"<{len(longs)}q{len(bits)}I", *longs, *bits)
 
 
 def divisor_words(divisor: int) -> tuple[int, int, int]:
-    """The struct Divisor: magic, shift and the divisor itself, as signed words."""
+    """The struct Divisor: magic, shift and the divisor itself."""
     shift = 31 + (divisor - 1).bit_length()
-    magic = -(-(1 << shift) // divisor)
-    # The struct packs signed words; the functions read this one as unsigned.
-    return (magic if magic < 2**31 else magic - 2**32, shift, divisor)
+    return (-(-(1 << shift) // divisor), shift, divisor)
 
 
 def geometry_longs(gather: Gather) -> tuple[int, ...]:
@@ -90,10 +92,10 @@ def write_pitch(gather: Gather) -> tuple[int, int, int, int]:
 def geometry_words(gather: Gather) -> tuple[int, ...]:
     """The 32-bit members of the struct Geometry."""
     return (
-        gather.n,
         gather.in_channels // gather.groups,
         gather.out_channels // gather.groups,
         gather.out_channels,
+        int(gather.data_format == "NHWC"),
         *_axis_words(gather.h),
         *_axis_words(gather.w),
         *divisor_words(gather.h.taps),

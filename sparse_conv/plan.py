@@ -191,11 +191,11 @@ def _tiled_gather_launch(
     words = (
         *geometry_words(gather),
         *block.tiling.words(),
+        block.tiling.subtiles,
         *block.lattice.words(),
         *divisor_words(config.block_rows),
         *divisor_words(stored_first),
         activation,
-        int(channels_last),
         config.chunk,
         -(-group_in // config.chunk),
         block.row_groups,
@@ -298,9 +298,9 @@ def _tiled_wgrad_launch(gather: Gather, dtype: str, entries: int, block) -> Laun
     words = (
         *geometry_words(gather),
         *block.tiling.words(),
+        block.tiling.subtiles,
         *block.lattice.words(),
         *block.outputs.words(),
-        int(gather.data_format == "NHWC"),
         config.chunk,
         -(-(gather.in_channels // gather.groups) // config.chunk),
         block.row_groups,

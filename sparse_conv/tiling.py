@@ -158,7 +158,6 @@ class Tiling:
             *divisor_words(self.tiles_w),
             *divisor_words(self.set_phases_h),
             *divisor_words(self.set_phases_w),
-            self.subtiles,
             *divisor_words(self.tile_w),
         )
 

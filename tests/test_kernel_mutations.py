@@ -176,13 +176,16 @@ VECTORS_CONFIG = BakedConfig(36, 2, 1, 4, 9, 8)
 NUMBERS_CONFIG = BakedConfig(3, 2, 1, 3, 7, 2)
 # The same with several pixels a thread, which neighbouring lanes store.
 STRIPS_CONFIG = BakedConfig(4, 2, 1, 5, 7, 2, pixels=2)
+# More columns than are loaded at once, a prime number of them, and no padding.
+WIDE = make((3, 10, 37, 2), (3, 6, 2, 2), 1, "VALID")
+WIDE_CONFIG = BakedConfig(2, 2, 1, 2, 32, 2)
 SAMPLE = re.compile(r'#line 1 "baked_code\.cuh"\n.*?(?=#line)', re.DOTALL)
 
 
 def check_baked(text: str) -> None:
     for problem, config in (
         (VECTORS, VECTORS_CONFIG), (NHWC, NUMBERS_CONFIG), (NCHW, NUMBERS_CONFIG),
-        (NHWC, STRIPS_CONFIG),
+        (NHWC, STRIPS_CONFIG), (WIDE, WIDE_CONFIG),
     ):  # fmt: skip
         data = make_data(problem, "float32", 0.8, whole=True)
         bias = data.bias if problem is not NCHW else data.bias[:, None, None]
@@ -284,7 +287,7 @@ MISTAKES = {
             "channel * lattice.plane_pitch",
         ),
         (r"tap_h \* lattice\.row_pitch \+", "tap_h * lattice.columns +"),
-        (r"number >= tiling\.subtiles", "number > tiling.subtiles"),
+        (r"number < a\.subtiles", "number <= a.subtiles"),
         (r"step \* geometry\.h\.stride \* subtile", "step * subtile"),
     ],
     "conv2d_gather_direct": [
@@ -346,9 +349,12 @@ MISTAKES = {
         (r"group \* geometry\.group_in;", "group;"),
         (r"group \* geometry\.group_out \+ first", "first"),
         (r"find_subtile\(tile,", "find_subtile(static_cast<int>(number),"),
-        (r"y \* a\.geometry\.h\.stride \* a\.row_pitch", "y * a.row_pitch"),
+        (
+            r"y \* LAYOUT\.geometry\.h\.stride \* LAYOUT\.row_pitch",
+            "y * LAYOUT.row_pitch",
+        ),
         (r"if \(!contains\(output, y, x\)\) return -1;", ""),
-        (r"local_number \* a\.chunks", "local_number"),
+        (r"item\.part \* LAYOUT\.chunks", "item.part"),
         (r"if \(k >= part\.outputs\) break;", ""),
         (r"strip \* PIXELS \+ pixel", "strip * PIXELS"),
         (r"const int y = strip \* PIXELS;", "const int y = strip;"),
@@ -364,8 +370,11 @@ MISTAKES = {
             r"column_exists & \(static_cast<unsigned>\(y - window\.y_begin\) <",
             "column_exists & (static_cast<unsigned>(y - window.y_begin) <=",
         ),
-        (r"UNIT; channel < channels", "UNIT; channel + UNIT < channels"),
-        (r"quotient < a\.columns;", "quotient + 1 < a.columns;"),
+        (r"channel_turn < LAYOUT", "channel_turn + 1 < LAYOUT"),
+        (r"if \(channel >= channels\) break;", ""),
+        (r"row < LAYOUT\.rows_at_once\s+\?", "true ?"),
+        (r"column_turn < LAYOUT", "column_turn + 1 < LAYOUT"),
+        (r"if \(quotient >= LAYOUT\.columns\) break;", ""),
         (r"remainder < stride;", "remainder + 1 < stride;"),
         (r"y < extent_h;", "y + 1 < extent_h;"),
         (r"while \(row < extent_h\)", "while (row + 1 < extent_h)"),
@@ -376,8 +385,8 @@ MISTAKES = {
         (r"target\[i\] = numbers\[i\]", "target[0] = numbers[i]"),
         (r"goes_on \? item\.input : items\[turn\]\.input", "item.input"),
         (r"goes_on \? item\.input : items\[turn\]\.input", "items[turn].input"),
-        (r"goes_on \? \(chunk \+ 1\) \* a\.chunk : 0", "0"),
-        (r"a\.buffer - buffer", "0"),
+        (r"goes_on \? \(chunk \+ 1\) \* LAYOUT\.chunk : 0", "0"),
+        (r"LAYOUT\.buffer - buffer", "0"),
         (r"wait_for_copies<0>\(\);", ""),
         (r"wait_for_copies<0>", "wait_for_copies<1>"),
         # Stores.
@@ -385,8 +394,8 @@ MISTAKES = {
         (r"channel < channels && place >= 0", "place >= 0"),
         (r"if \(offset < 0\) return;", ""),
         (r"threadIdx\.x / WARP \* WARP \* STAGE_PITCH", "0"),
-        (r"widening\(item\.part\.first_output, a\.steps\.write_channel\)", "0"),
-        (r"widening\(first, a\.steps\.write_channel\)", "0"),
+        (r"widening\(part\.first_output, LAYOUT\.steps\.write_channel\)", "0"),
+        (r"widening\(first, LAYOUT\.steps\.write_channel\)", "0"),
     ],
 }
 MUTATIONS = [

@@ -422,8 +422,9 @@ def sum_products(
             start = builder.select(fresh, bias_number, vectors.scalar(0))
             totals = [vectors.splat(start)] * cells
             totals = _add_chains(stream, begin, end, length, totals)
-            held, store = (builder.append_basic_block(name) for name in ("held", "store"))
-            done = builder.append_basic_block("row_done")
+            held, store, done = (
+                builder.append_basic_block(name) for name in ("held", "store", "stored")
+            )
             builder.cbranch(fresh, store, held)
             builder.position_at_end(held)
             # The block's sum joins the others as a whole, or errors would grow.
