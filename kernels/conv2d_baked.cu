@@ -147,7 +147,8 @@ struct Layout {
     Divisor by_column_threads;
     int rows_at_once;
     int columns_at_once;
-    // So often, for all columns and all channels of a chunk.
+    // So often, for all rows and columns, and all channels of a chunk.
+    int row_turns;
     int column_turns;
     int channel_turns;
     // Whether there is but one phase, and its origins then.
@@ -270,18 +271,24 @@ __device__ __forceinline__ void find_item(const Arguments& a, unsigned number, I
 // column of the input; zeros where there are none.
 #if COPIES
 
+// Copies need no registers, so that all may be on their way together, and each of them
+// few instructions: where it goes is known to the compiler.
 template <int LOADS_AHEAD>
 __device__ __forceinline__ void load_rows(
     const Window& window, const Storage* origin, int source, int source_step,
     bool column_exists, Accumulator* target, int target_step, int row, int rows,
     int extent_h) {
-#pragma unroll LOADS_AHEAD
-    for (int y = row; y < extent_h; y += rows) {
+    const int turns = LAYOUT.row_turns;
+#pragma unroll 16
+    for (int turn = 0; turn < turns; ++turn) {
+        const int y = row + turn * rows;
         const bool exists = column_exists & (static_cast<unsigned>(y - window.y_begin) <
                                              static_cast<unsigned>(window.y_count));
-        copy_async<sizeof(Accumulator) * UNIT>(target, origin + source, exists);
-        source += source_step;
-        target += target_step;
+        // Only the last turn may have no row for some threads.
+        if ((turn + 1) * rows <= extent_h || y < extent_h) {
+            copy_async<sizeof(Accumulator) * UNIT>(
+                target + turn * target_step, origin + source + turn * source_step, exists);
+        }
     }
 }
 
@@ -344,7 +351,9 @@ __device__ __forceinline__ void load_rows(
 // Starts to bring a chunk of channels of what an item reads into a tile.
 template <int LOADS_AHEAD>
 __device__ __forceinline__ void load_tile(
-    const Window& window, char* buffer, int first_channel) {
+    const Window& shared_window, char* buffer, int first_channel) {
+    // Read once: nobody but us knows that copies don't change it.
+    const Window window = shared_window;
     Accumulator* tile = reinterpret_cast<Accumulator*>(buffer);
     const int row = divide(threadIdx.x, LAYOUT.by_row_threads);
     const int in_row = threadIdx.x - row * LAYOUT.by_row_threads.divisor;

@@ -489,6 +489,7 @@ def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
             *divisor_words(column_threads),
             loading.rows,
             loading.columns,
+            -(-tile.extent_h // loading.rows),
             -(-tile.columns // loading.columns),
             -(-config.chunk // (column_threads * loading.unit)),
         ),

@@ -38,10 +38,9 @@ _FEW_PRODUCTS = 1
 # pixel, 162 with two; 32 to 3 channels: 30.4 and 28.7.
 _MOST_PIXEL_PRODUCTS = 6000
 
-# The numbers below were fitted to 919 launches of 39 kernels on an H100. For most of
-# them, what the model takes was at most 12 % slower than the best configuration tried;
-# at densities of 0.5 and more, up to 41 %. Of 569 launches of 9 kernels with 1 to 8
-# outputs it takes what is at most 15 % slower, or with 8 outputs 37 %.
+# The numbers below were fitted to 1,083 launches of 61 kernels on an H100. What the
+# model takes for them was 3.6 % slower than the best configuration tried, in the mean;
+# at most 15 %, but for two kernels with 17 and 38 %.
 
 # Bytes of an instruction.
 _INSTRUCTION = 16
@@ -49,50 +48,49 @@ _INSTRUCTION = 16
 # from the next one, and what doesn't fit there from far, so many bytes a clock for 16
 # resident warps. More warps have more fetches on the way.
 _CACHED_BYTES = 32 * 1024
-_NEXT_CACHED_BYTES = 128 * 1024
-_NEXT_RATE = 10.3
-_FAR_RATE = 3.95
+_NEXT_CACHED_BYTES = 120 * 1024
+_NEXT_RATE = 10.9
+_FAR_RATE = 3.24
 _FETCH_WARPS = 16
-_FETCH_POWER = 0.37
+_FETCH_POWER = 0.85
 # The same for code that is met for the first time, and for all parts together, which
 # neighbouring multiprocessors fetch through the same door.
-_FIRST_RATE = 2.0
-_DOOR_RATE = 11.8
+_FIRST_RATE = 7.6
+_DOOR_RATE = 49.0
 _DOORS = 8
-# The code of all parts together that a GPU keeps from one launch to the next; what is
-# beyond comes so many bytes a clock for all multiprocessors together. (3x3 layers of
-# batch 1: 709 KB took 25 us, 1.23 MB 61 us.)
-_KEPT_BYTES = 350 * 1024
-_KEPT_RATE = 8.2
+# The code of all parts together that a GPU keeps from one launch to the next. If there
+# is more, each block fetches all its code from far, so many bytes a clock.
+_KEPT_BYTES = 420 * 1024
+_LOST_RATE = 0.98
 # The warps of a block that walk together; others have to be served by themselves.
 _TOGETHER = 8
 # Part of the peak that arithmetic reaches.
 _EFFICIENCY = 0.75
 # Instructions of a warp for each tile, and for each load.
-_TILE_INSTRUCTIONS = 120
-_LOAD_INSTRUCTIONS = 2
+_TILE_INSTRUCTIONS = 26
+_LOAD_INSTRUCTIONS = 1.1
 # Clocks for which a load of a warp, and the store that goes with it, keep shared memory
 # busy.
-_COPY_CLOCKS = 3
+_COPY_CLOCKS = 4.2
 # Clocks of an instruction of a warp that is by itself.
-_ALONE = 2.9
+_ALONE = 2.3
 # Clocks of a launch with its first and its last steps.
-_LAUNCH_CLOCKS = 530
+_LAUNCH_CLOCKS = 2140
 # Clocks that a chunk takes beside its computation: a barrier, and the wait for loads.
-_CHUNK_CLOCKS = 1400
+_CHUNK_CLOCKS = 650
 # The same where a tile is loaded only after the last one has served.
-_UNBUFFERED_CLOCKS = 450
+_UNBUFFERED_CLOCKS = 120
 # Bytes of memory a clock, of one multiprocessor, and how much longer the first tile
 # takes, for which all wait at once.
-_MEMORY_RATE = 11.8
-_FIRST_TILE = 1.84
+_MEMORY_RATE = 12.9
+_FIRST_TILE = 0.75
 # What reading the input again for another part costs.
-_REREAD = 0.7
+_REREAD = 0.74
 # The part of the shorter of two times that the longer one can't hide: of arithmetic and
 # loads from shared memory, and of computation and memory, with few blocks or several.
-_UNHIDDEN_LOADS = 0.1
-_UNHIDDEN = 0.46
-_UNHIDDEN_BLOCKS = 0.65
+_UNHIDDEN_LOADS = 0.08
+_UNHIDDEN = 0.31
+_UNHIDDEN_BLOCKS = 0.27
 # Registers of a thread beside its sums.
 _OTHER_REGISTERS = 24
 _MOST_WARPS = 64
@@ -350,11 +348,10 @@ def _fetch_clocks(code: float, tiles: int, resident: int, block: BakedBlock) -> 
     """Clocks in which a multiprocessor's blocks get their code."""
     items = block.parts * block.tiling.subtiles
     met = min(block.parts, -(-items // _DOORS))
-    first = max(
-        code / _FIRST_RATE,
-        met * code / _DOOR_RATE,
-        (block.parts * code - _KEPT_BYTES) / _KEPT_RATE,
-    )
+    first = max(code / _FIRST_RATE, met * code / _DOOR_RATE)
+    if block.parts * code > _KEPT_BYTES:
+        met_in_turn = min(block.parts, -(-tiles // resident))
+        first = max(first, met_in_turn * code / _LOST_RATE)
     if code <= _CACHED_BYTES:
         return first
     warps = block.config.warps
