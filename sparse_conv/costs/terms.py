@@ -12,6 +12,8 @@ from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.problem import Problem
 
 _MEGA = 1e6
+# Dense convolutions with more taps than that are slower for their products.
+_MANY_TAPS = 49
 # Vector operations that a unit does while others are called.
 _LITTLE_WORK = 1e5
 
@@ -76,10 +78,12 @@ def dense_terms(
         lanes: To whole multiples of what the channels are rounded.
 
     Returns:
-        "call" (1), "products" with the channels written rounded up, "both" with all of
-        them rounded up, "unaligned" the same where they are no multiple of 4
-        (millions), "read", "write" and "weights" (megabytes), and "taps" and "depth",
-        the products of an output (thousands, undivided: they follow each other).
+        "call" (1), "several" (1 where there are several taps), "products" with the
+        channels written rounded up, "both" with all of them rounded up, "unaligned" the
+        same where they are no multiple of 4, "large" with none rounded, where there are
+        many taps (millions), "read", "write" and "weights" (megabytes), and "taps",
+        "depth", the products of an output, and "inner", those of all taps but one
+        (thousands, undivided: they follow each other).
     """
     p = problem
     ins, outs = p.group_channels, p.k // p.groups
@@ -92,11 +96,14 @@ def dense_terms(
     both = pixels * _rounded(ins, lanes) * _rounded(outs, lanes) / share
     return {
         "call": 1.0,
+        "several": float(p.r * p.s > 1),
         "taps": p.r * p.s / 1e3,
         "depth": depth / 1e3,
+        "inner": (p.r * p.s - 1) * ins / 1e3,
         "products": pixels * ins * _rounded(outs, lanes) / share,
         "both": both,
         "unaligned": both if outs % 4 else 0.0,
+        "large": pixels * ins * outs / share if p.r * p.s > _MANY_TAPS else 0.0,
         "read": read * itemsize / share,
         "write": write * itemsize / share,
         "weights": math.prod(p.kernel_shape) * itemsize / share,
