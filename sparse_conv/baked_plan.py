@@ -60,7 +60,7 @@ _DOOR_RATE = 49.0
 _DOORS = 8
 # The code of all parts together that a GPU keeps from one launch to the next. If there
 # is more, each block fetches all its code from far, so many bytes a clock.
-_KEPT_BYTES = 420 * 1024
+_KEPT_BYTES = 450 * 1024
 _LOST_RATE = 0.8
 # The warps of a block that walk together; others have to be served by themselves.
 _TOGETHER = 8
