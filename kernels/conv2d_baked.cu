@@ -63,9 +63,9 @@
 #ifndef SCATTERS
 #define SCATTERS 0
 #endif
-// So many loads of a thread are on their way together: copies need no registers, but
-// their addresses do, as do numbers that are converted. The plan sees to it that there is
-// room, except where a single tile is loaded again beside all sums.
+// So many loads of a thread are on their way together, of numbers that are converted:
+// they and their addresses take registers, which copies do not. The plan sees to it that
+// there is room, except where a single tile is loaded again beside all sums.
 #ifndef IN_FLIGHT
 #define IN_FLIGHT 2
 #endif

@@ -127,6 +127,8 @@ class Loading:
         column_threads: Threads that load the same column of it, other channels each.
         rows: Rows that are loaded at once.
         columns: Columns that are loaded at once.
+        row_turns: So often, for all rows; the same for columns, and for the channels of
+            a chunk.
         turns: Loads of one thread.
         unit: Channels that a thread loads at once.
     """
@@ -135,6 +137,9 @@ class Loading:
     column_threads: int
     rows: int
     columns: int
+    row_turns: int
+    column_turns: int
+    channel_turns: int
     turns: int
     unit: int
 
@@ -240,20 +245,20 @@ def _make_loading(
     column_threads = min(units, threads)
     channel_turns = -(-config.chunk // (column_threads * unit))
     best = None
-    for column_turns in range(1, min(tile.columns, 8) + 1):
-        columns = -(-tile.columns // column_turns)
+    for wanted_turns in range(1, min(tile.columns, 8) + 1):
+        columns = -(-tile.columns // wanted_turns)
         if columns * column_threads > threads:
             columns = threads // column_threads
         row_threads = columns * column_threads
         rows = min(tile.extent_h, threads // row_threads)
-        turns = (
-            -(-tile.extent_h // rows)
-            * -(-tile.columns // columns)
-            * gather.w.stride
-            * channel_turns
-        )
+        row_turns = -(-tile.extent_h // rows)
+        column_turns = -(-tile.columns // columns)
+        turns = row_turns * column_turns * gather.w.stride * channel_turns
         if best is None or turns < best.turns:
-            best = Loading(row_threads, column_threads, rows, columns, turns, unit)
+            best = Loading(
+                row_threads, column_threads, rows, columns,
+                row_turns, column_turns, channel_turns, turns, unit,
+            )  # fmt: skip
     return best
 
 
@@ -472,7 +477,6 @@ def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
     """
     config, tile, loading = block.config, block.tile, block.loading
     several = needs_origins(gather)
-    column_threads = loading.column_threads
     members = {
         "geometry": (*geometry_longs(gather), *geometry_words(gather)),
         "tiling": block.tiling.words(),
@@ -486,12 +490,12 @@ def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
         ),
         "loading": (
             *divisor_words(loading.row_threads),
-            *divisor_words(column_threads),
+            *divisor_words(loading.column_threads),
             loading.rows,
             loading.columns,
-            -(-tile.extent_h // loading.rows),
-            -(-tile.columns // loading.columns),
-            -(-config.chunk // (column_threads * loading.unit)),
+            loading.row_turns,
+            loading.column_turns,
+            loading.channel_turns,
         ),
         "origins": (
             int(not several),
@@ -614,7 +618,6 @@ def _loading_defines(dtype: str, block: BakedBlock) -> tuple[tuple[str, str], ..
     if dtype not in _CONVERTED:
         return ()
     loading = block.loading
-    rows = -(-block.tile.extent_h // loading.rows)
     most = _MOST_IN_FLIGHT
     if block.chunks > 1:
         # From the second chunk on, the sums are there, too. So many 16-bit numbers take
@@ -623,7 +626,7 @@ def _loading_defines(dtype: str, block: BakedBlock) -> tuple[tuple[str, str], ..
         most = min(most, room // (-(-loading.unit // 2) + 1))
     return (
         ("SCATTERS", str(int(loading.unit > block.tile.vector))),
-        ("IN_FLIGHT", str(max(_LEAST_IN_FLIGHT, min(rows, most)))),
+        ("IN_FLIGHT", str(max(_LEAST_IN_FLIGHT, min(loading.row_turns, most)))),
     )
 
 
