@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -79,3 +82,26 @@ def test_scratch_memory_stays_and_grows():
     _, larger = cpu_memory.scratch(3 * 2**20)
     assert cpu_memory.scratch(1000)[1] == larger
     del owner
+
+
+_FORK = """
+import ctypes, os, sys
+import numpy as np
+import tensorflow as tf
+from sparse_conv.backends import cpu_memory
+tensor, address = cpu_memory.output((2**22,), tf.float32)
+numbers = np.ctypeslib.as_array((ctypes.c_float * 2**22).from_address(address))
+numbers[:] = 1
+pid = os.fork()
+numbers[:] += pid == 0
+if pid == 0:
+    os._exit(0)
+os.waitpid(pid, 0)
+sys.exit(0 if (numbers == 1).all() else 1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_writes_to_memory_of_its_own():
+    # In a process of its own: a fork of this one would inherit pytest's threads.
+    subprocess.run([sys.executable, "-c", _FORK], check=True, timeout=120)

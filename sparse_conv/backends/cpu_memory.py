@@ -152,7 +152,10 @@ def allocate(size: int) -> tuple[Any, int]:
         array = np.empty(size + ALIGNMENT, np.uint8)
         return array, _aligned(array.ctypes.data, ALIGNMENT)
     pages = -(-size // _LARGE_PAGE_BYTES)
-    memory = mmap.mmap(-1, (pages + 1) * _LARGE_PAGE_BYTES)
+    # Shared memory, mmap's default, would be shared with forked children, too, and gets
+    # no large pages on most systems.
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, (pages + 1) * _LARGE_PAGE_BYTES, flags=private)
     # A kernel without large pages refuses.
     with contextlib.suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
