@@ -58,20 +58,23 @@
 #define VECTOR SLOTS
 // Whether numbers are stored as they are accumulated, so that they can be copied.
 #define COPIES (DTYPE == FLOAT32 || DTYPE == FLOAT64)
-// Numbers that are converted pass through registers. VECTOR channels may then be read at
-// once, even if they lie apart in the tile.
-#ifndef SCATTERS
-#define SCATTERS 0
+// Channels that a thread loads at once. More of those that are converted may be read than
+// lie side by side in the tile.
+#ifndef UNIT
+#define UNIT (LOAD_VECTORS ? VECTOR : 1)
 #endif
-// So many loads of a thread are on their way together, of numbers that are converted:
-// they and their addresses take registers, which copies do not. The plan sees to it that
-// there is room, except where a single tile is loaded again beside all sums.
+// Numbers that are converted are copied, too, where UNIT of them are long enough for a
+// copy. They land beside the tile, and whoever had them copied converts them.
+#define LANDS (!COPIES && UNIT > 1)
+// So many loads of a thread are converted together.
+#define CONVERTED (32 / UNIT)
+// The others pass through registers. So many loads of a thread are on their way together;
+// the plan sees to it that there is room, except where a single tile is loaded again
+// beside all sums.
 #ifndef IN_FLIGHT
 #define IN_FLIGHT 2
 #endif
 #define IN_FLIGHT_BESIDE_SUMS 2
-// Numbers that are loaded at once.
-#define UNIT (LOAD_VECTORS || SCATTERS ? VECTOR : 1)
 
 #ifdef CUDA_EMULATION
 
@@ -159,14 +162,19 @@ struct Layout {
     int chunks;
     // From one buffer to the next, in bytes.
     int buffer;
-    // Where outputs are staged, behind the buffers.
+    // Where outputs are staged, behind the buffers, and where numbers land.
     int stage;
+    int landing;
     // Whether QUAD channels are stored at once.
     int store_quads;
     // The parts that this function has the code of: a part is OUTPUTS channels of one
     // group for one pair of row sets.
     int first_part;
     int parts;
+    // Over the multiprocessors, and over those that compute the same part; 0 where all
+    // compute one part after the other.
+    Divisor by_multiprocessors;
+    Divisor by_sharers;
     // Over the parts of a pair of row sets, and those of a group.
     Divisor by_set_parts;
     Divisor by_group_parts;
@@ -186,7 +194,7 @@ struct Arguments {
     const int* origins;
     Storage* write;
     int activation;
-    // Tiles of all parts of this function, and the tiles of a part.
+    // Items of this function, some of which may have no tile, and the tiles of a part.
     int items;
     Divisor by_tiles;
 };
@@ -241,12 +249,31 @@ __device__ __forceinline__ Part find_part(int number) {
     return part;
 }
 
-// Items that run the same code are neighbours.
+// A multiprocessor keeps little code. Where the blocks on it compute the same part, it
+// fetches no other: the first blocks go to the multiprocessors in turn, and so do the next.
+// Otherwise items that run the same code are neighbours.
+#define SHARES_CODE (LAYOUT.by_sharers.divisor > 0)
+
+// The first number that is no item of this block.
+__device__ __forceinline__ unsigned find_end(const Arguments& a) {
+    if (!SHARES_CODE) return a.items;
+    int turn = blockIdx.x;
+    int part = divide_on(turn, LAYOUT.by_multiprocessors);
+    const int first = divide_on(part, LAYOUT.by_sharers);
+    if (part >= LAYOUT.parts || first >= a.by_tiles.divisor) return 0;
+    const int turns = divide(a.by_tiles.divisor - 1 - first, LAYOUT.by_sharers) + 1;
+    return turns * LAYOUT.by_multiprocessors.divisor;
+}
+
 __device__ __forceinline__ void find_item(const Arguments& a, unsigned number, Item& item) {
     const Geometry& geometry = LAYOUT.geometry;
     int tile = static_cast<int>(number);
     item.part = 0;
-    if (LAYOUT.parts > 1) {
+    if (SHARES_CODE) {
+        item.part = divide_on(tile, LAYOUT.by_multiprocessors);
+        const int first = divide_on(item.part, LAYOUT.by_sharers);
+        tile = tile * LAYOUT.by_sharers.divisor + first;
+    } else if (LAYOUT.parts > 1) {
         item.part = tile;
         tile = divide_on(item.part, a.by_tiles);
     }
@@ -267,107 +294,179 @@ __device__ __forceinline__ void find_item(const Arguments& a, unsigned number, I
     }
 }
 
-// `load_rows` brings UNIT numbers of each of some rows of the tile, `rows` apart, from one
-// column of the input; zeros where there are none.
-#if COPIES
+// A column of the tile as a thread loads it: UNIT numbers of every `rows_at_once`-th row,
+// from `row` on, zeros where there is no input.
+struct Column {
+    const Storage* source;
+    Accumulator* target;
+    int row;
+    bool exists;
+    // Loads of the thread before these.
+    int turns_before;
+};
 
-// Copies need no registers, so that all may be on their way together, and each of them
-// few instructions: where it goes is known to the compiler.
-template <int LOADS_AHEAD>
-__device__ __forceinline__ void load_rows(
-    const Window& window, const Storage* origin, int source, int source_step,
-    bool column_exists, Accumulator* target, int target_step, int row, int rows,
-    int extent_h) {
-    const int turns = LAYOUT.row_turns;
-#pragma unroll 16
-    for (int turn = 0; turn < turns; ++turn) {
-        const int y = row + turn * rows;
-        const bool exists = column_exists & (static_cast<unsigned>(y - window.y_begin) <
-                                             static_cast<unsigned>(window.y_count));
-        // Only the last turn may have no row for some threads.
-        if ((turn + 1) * rows <= extent_h || y < extent_h) {
-            copy_async<sizeof(Accumulator) * UNIT>(
-                target + turn * target_step, origin + source + turn * source_step, exists);
-        }
-    }
+__device__ __forceinline__ bool input_exists(
+    const Window& window, const Column& column, int turn) {
+    const int y = column.row + turn * LAYOUT.rows_at_once;
+    return column.exists & (static_cast<unsigned>(y - window.y_begin) <
+                            static_cast<unsigned>(window.y_count));
 }
 
-#else
+// Only the last turn may have no row for some threads.
+__device__ __forceinline__ bool is_in_tile(const Column& column, int turn) {
+    return (turn + 1) * LAYOUT.rows_at_once <= LAYOUT.extent_h ||
+           column.row + turn * LAYOUT.rows_at_once < LAYOUT.extent_h;
+}
+
+__device__ __forceinline__ const Storage* source_of(const Column& column, int turn) {
+    return column.source + turn * LAYOUT.rows_at_once * LAYOUT.steps.read_row;
+}
+
+__device__ __forceinline__ Accumulator* target_of(const Column& column, int turn) {
+    return column.target + turn * LAYOUT.rows_at_once * LAYOUT.row_pitch;
+}
+
+#if !COPIES
 
 // UNIT numbers as they are stored.
-#if UNIT > 1
-typedef uint2 Stored;
+#if LANDS
+struct alignas(2 * UNIT) Stored {
+    // Two numbers of 16 bits each.
+    unsigned words[UNIT / 2];
+};
 #else
 typedef Storage Stored;
 #endif
 
 __device__ __forceinline__ void put(Accumulator* target, const Stored& stored) {
-#if UNIT > 1
-    // Two numbers of 16 bits in a word.
-    const Accumulator numbers[VECTOR] = {
-        to_accumulator(static_cast<Storage>(stored.x & 0xffff)),
-        to_accumulator(static_cast<Storage>(stored.x >> 16)),
-        to_accumulator(static_cast<Storage>(stored.y & 0xffff)),
-        to_accumulator(static_cast<Storage>(stored.y >> 16))};
+#if LANDS
+#pragma unroll
+    for (int first = 0; first < UNIT; first += VECTOR) {
+        Accumulator numbers[VECTOR];
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            const unsigned word = stored.words[(first + i) / 2];
+            numbers[i] = to_accumulator(static_cast<Storage>(i % 2 ? word >> 16 : word));
+        }
 #if LOAD_VECTORS
-    *reinterpret_cast<Pack*>(target) = make_pack(numbers);
+        *reinterpret_cast<Pack*>(target + first) = make_pack(numbers);
 #else
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) target[i] = numbers[i];
+        for (int i = 0; i < VECTOR; ++i) target[first + i] = numbers[i];
 #endif
+    }
 #else
     *target = to_accumulator(stored);
 #endif
 }
 
-template <int LOADS_AHEAD>
-__device__ __forceinline__ void load_rows(
-    const Window& window, const Storage* origin, int source, int source_step,
-    bool column_exists, Accumulator* target, int target_step, int row, int rows,
-    int extent_h) {
-    while (row < extent_h) {
-        Stored stored[LOADS_AHEAD];
-        int y = row;
-#pragma unroll
-        for (int i = 0; i < LOADS_AHEAD; ++i) {
-            const bool exists = column_exists & (static_cast<unsigned>(y - window.y_begin) <
-                                                 static_cast<unsigned>(window.y_count));
-            stored[i] = Stored();
-            if (exists) stored[i] = __ldg(reinterpret_cast<const Stored*>(origin + source));
-            source += source_step;
-            y += rows;
-        }
-#pragma unroll
-        for (int i = 0; i < LOADS_AHEAD; ++i) {
-            if (row < extent_h) put(target, stored[i]);
-            target += target_step;
-            row += rows;
+#endif
+
+#if COPIES || LANDS
+
+// Copies need no registers, so that all may be on their way together, and each of them
+// few instructions: where it goes is known to the compiler.
+struct Load {
+    const Window& window;
+#if LANDS
+    Stored* landing;
+#endif
+
+    __device__ __forceinline__ void operator()(const Column& column) const {
+        const int turns = LAYOUT.row_turns;
+#pragma unroll 16
+        for (int turn = 0; turn < turns; ++turn) {
+            if (!is_in_tile(column, turn)) continue;
+#if LANDS
+            void* target = landing + (column.turns_before + turn) * WARPS * WARP;
+#else
+            void* target = target_of(column, turn);
+#endif
+            copy_async<sizeof(Storage) * UNIT>(
+                target, source_of(column, turn), input_exists(window, column, turn));
         }
     }
-}
+};
+
+#else
+
+template <int LOADS_AHEAD>
+struct Load {
+    const Window& window;
+
+    __device__ __forceinline__ void operator()(const Column& column) const {
+#pragma unroll 1
+        for (int first = 0; first < LAYOUT.row_turns; first += LOADS_AHEAD) {
+            Stored stored[LOADS_AHEAD];
+#pragma unroll
+            for (int i = 0; i < LOADS_AHEAD; ++i) {
+                stored[i] = Stored();
+                if (input_exists(window, column, first + i)) {
+                    stored[i] = __ldg(source_of(column, first + i));
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < LOADS_AHEAD; ++i) {
+                if (is_in_tile(column, first + i)) {
+                    put(target_of(column, first + i), stored[i]);
+                }
+            }
+        }
+    }
+};
 
 #endif
 
-// Starts to bring a chunk of channels of what an item reads into a tile.
-template <int LOADS_AHEAD>
-__device__ __forceinline__ void load_tile(
-    const Window& shared_window, char* buffer, int first_channel) {
-    // Read once: nobody but us knows that copies don't change it.
-    const Window window = shared_window;
+#if LANDS
+
+// Where a thread's numbers land, one turn behind the other.
+__device__ __forceinline__ Stored* find_landing(char* tiles) {
+    return reinterpret_cast<Stored*>(tiles + LAYOUT.landing) + threadIdx.x;
+}
+
+// Converts what has landed, some loads at a time: the compiler doesn't know that where
+// they land is not where they go.
+struct Convert {
+    const Stored* landing;
+
+    __device__ __forceinline__ void operator()(const Column& column) const {
+        const int turns = LAYOUT.row_turns;
+#pragma unroll
+        for (int first = 0; first < turns; first += CONVERTED) {
+            Stored stored[CONVERTED];
+#pragma unroll
+            for (int i = 0; i < CONVERTED && first + i < turns; ++i) {
+                stored[i] = landing[(column.turns_before + first + i) * WARPS * WARP];
+            }
+#pragma unroll
+            for (int i = 0; i < CONVERTED && first + i < turns; ++i) {
+                if (is_in_tile(column, first + i)) {
+                    put(target_of(column, first + i), stored[i]);
+                }
+            }
+        }
+    }
+};
+
+#endif
+
+// Visits each column that this thread loads of a chunk of channels of what an item reads.
+template <class Visitor>
+__device__ __forceinline__ void visit_columns(
+    const Window& window, char* buffer, int first_channel, const Visitor& visitor) {
     Accumulator* tile = reinterpret_cast<Accumulator*>(buffer);
-    const int row = divide(threadIdx.x, LAYOUT.by_row_threads);
-    const int in_row = threadIdx.x - row * LAYOUT.by_row_threads.divisor;
-    const int column = divide(in_row, LAYOUT.by_column_threads);
-    const int in_column = in_row - column * LAYOUT.by_column_threads.divisor;
+    Column column;
+    column.row = divide(threadIdx.x, LAYOUT.by_row_threads);
+    const int in_row = threadIdx.x - column.row * LAYOUT.by_row_threads.divisor;
+    const int place = divide(in_row, LAYOUT.by_column_threads);
+    const int in_column = in_row - place * LAYOUT.by_column_threads.divisor;
     // The threads of the last, incomplete row have nothing to load.
-    const int channels = row < LAYOUT.rows_at_once
+    const int channels = column.row < LAYOUT.rows_at_once
                              ? min(LAYOUT.chunk, LAYOUT.geometry.group_in - first_channel)
                              : 0;
     const int stride = LAYOUT.geometry.w.stride;
     const Storage* origin =
         window.origin + widening(first_channel, LAYOUT.steps.read_channel);
-    const int source_step = LAYOUT.rows_at_once * LAYOUT.steps.read_row;
-    const int target_step = LAYOUT.rows_at_once * LAYOUT.row_pitch;
 #pragma unroll 1
     for (int channel_turn = 0; channel_turn < LAYOUT.channel_turns; ++channel_turn) {
         const int channel =
@@ -375,26 +474,53 @@ __device__ __forceinline__ void load_tile(
         if (channel >= channels) break;
 #pragma unroll 1
         for (int column_turn = 0; column_turn < LAYOUT.column_turns; ++column_turn) {
-            const int quotient = column_turn * LAYOUT.columns_at_once + column;
+            const int quotient = column_turn * LAYOUT.columns_at_once + place;
             if (quotient >= LAYOUT.columns) break;
 #pragma unroll 1
             for (int remainder = 0; remainder < stride; ++remainder) {
                 const int x = quotient * stride + remainder;
-                const bool column_exists = static_cast<unsigned>(x - window.x_begin) <
-                                           static_cast<unsigned>(window.x_count);
-                const int source = channel * LAYOUT.steps.read_channel +
-                                   x * LAYOUT.steps.read_column +
-                                   row * LAYOUT.steps.read_row;
-                Accumulator* target =
-                    tile + channel * LAYOUT.channel_pitch + row * LAYOUT.row_pitch +
+                column.exists = static_cast<unsigned>(x - window.x_begin) <
+                                static_cast<unsigned>(window.x_count);
+                column.source = origin + (channel * LAYOUT.steps.read_channel +
+                                          x * LAYOUT.steps.read_column +
+                                          column.row * LAYOUT.steps.read_row);
+                column.target =
+                    tile + channel * LAYOUT.channel_pitch + column.row * LAYOUT.row_pitch +
                     (remainder * LAYOUT.columns + quotient) * LAYOUT.column_pitch;
-                load_rows<LOADS_AHEAD>(window, origin, source, source_step, column_exists,
-                                       target, target_step, row, LAYOUT.rows_at_once,
-                                       LAYOUT.extent_h);
+                column.turns_before =
+                    ((channel_turn * LAYOUT.column_turns + column_turn) * stride +
+                     remainder) * LAYOUT.row_turns;
+                visitor(column);
             }
         }
     }
+}
+
+// Starts to bring a chunk of channels of what an item reads into a tile, or beside it;
+// LOADS_AHEAD at a time, where they pass through registers.
+template <int LOADS_AHEAD>
+__device__ __forceinline__ void load_tile(
+    const Window& shared_window, char* tiles, int buffer, int first_channel) {
+    // Read once: nobody but us knows that copies don't change it.
+    const Window window = shared_window;
+#if COPIES
+    const Load load = {window};
+#elif LANDS
+    const Load load = {window, find_landing(tiles)};
+#else
+    const Load<LOADS_AHEAD> load = {window};
+#endif
+    visit_columns(window, tiles + buffer, first_channel, load);
     commit_copies();
+}
+
+// Waits for what the thread has loaded of a chunk, so that its numbers are in the tile.
+__device__ __forceinline__ void finish_tile(char* tiles, int buffer, int first_channel) {
+    wait_for_copies<0>();
+#if LANDS
+    const Convert convert = {find_landing(tiles)};
+    visit_columns(empty_window(), tiles + buffer, first_channel, convert);
+#endif
 }
 
 // Where the thread's pixel lies, from the item's first on; negative if there is none.
@@ -562,16 +688,16 @@ __device__ __forceinline__ void add_chunk(int piece, const char* place, Sums& su
 }
 
 // The items that a block computes: this one, and every gridDim.x-th from it on.
-#define FOR_ITEMS(number) \
-    for (unsigned number = blockIdx.x; number < a.items; number += gridDim.x)
+#define FOR_ITEMS(number, end) \
+    for (unsigned number = blockIdx.x; number < (end); number += gridDim.x)
 
 // What the last warp does: it finds the next item while the others compute.
-__device__ __forceinline__ void scout(const Arguments& a, Item* items) {
+__device__ __forceinline__ void scout(const Arguments& a, unsigned end, Item* items) {
     int turn = 0;
-    FOR_ITEMS(number) {
+    FOR_ITEMS(number, end) {
         // In the place of an item that all have left: they have met since.
         turn = turn == ITEMS - 1 ? 0 : turn + 1;
-        if (threadIdx.x % WARP == 0 && number + gridDim.x < a.items) {
+        if (threadIdx.x % WARP == 0 && number + gridDim.x < end) {
             find_item(a, number + gridDim.x, items[turn]);
         }
         __syncwarp();
@@ -584,6 +710,8 @@ __device__ __forceinline__ void scout(const Arguments& a, Item* items) {
 
 extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
     conv2d_baked(const Arguments a) {
+    const unsigned end = find_end(a);
+    if (blockIdx.x >= end) return;
     SHARED_MEMORY(memory);
     Item* items = reinterpret_cast<Item*>(memory);
     char* tiles = memory + ITEMS * sizeof(Item);
@@ -591,35 +719,35 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
     const char* place = tiles + find_place();
     __syncthreads();
     if (threadIdx.x >= WARPS * WARP) {
-        scout(a, items);
+        scout(a, end, items);
         return;
     }
 
     int buffer = 0;
     int turn = 0;
-    load_tile<IN_FLIGHT>(items[0].input, tiles, 0);
-    FOR_ITEMS(number) {
+    load_tile<IN_FLIGHT>(items[0].input, tiles, 0, 0);
+    FOR_ITEMS(number, end) {
         const Item& item = items[turn];
         turn = turn == ITEMS - 1 ? 0 : turn + 1;
         Sums sums;
         for (int chunk = 0; chunk < (MANY_CHUNKS ? LAYOUT.chunks : 1); ++chunk) {
-            wait_for_copies<0>();
+            finish_tile(tiles, buffer, chunk * LAYOUT.chunk);
             meet();
             const bool goes_on = MANY_CHUNKS && chunk + 1 < LAYOUT.chunks;
-            const bool loads = goes_on || number + gridDim.x < a.items;
+            const bool loads = goes_on || number + gridDim.x < end;
             const Window& next = goes_on ? item.input : items[turn].input;
             const int next_channel = goes_on ? (chunk + 1) * LAYOUT.chunk : 0;
             const int next_buffer = BUFFERED ? LAYOUT.buffer - buffer : 0;
             // Nobody reads the other buffer any more.
-            if (loads && BUFFERED) {
-                load_tile<IN_FLIGHT>(next, tiles + next_buffer, next_channel);
+            if (loads && (BUFFERED || LANDS)) {
+                load_tile<IN_FLIGHT>(next, tiles, next_buffer, next_channel);
             }
             if (chunk == 0) begin_sums(a, find_part(item.part), sums);
             add_chunk(item.part * LAYOUT.chunks + chunk, place + buffer, sums);
             if (!BUFFERED) {
                 meet();
-                if (loads) {
-                    load_tile<IN_FLIGHT_BESIDE_SUMS>(next, tiles, next_channel);
+                if (loads && !LANDS) {
+                    load_tile<IN_FLIGHT_BESIDE_SUMS>(next, tiles, 0, next_channel);
                 }
             }
             buffer = next_buffer;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ from sparse_conv.tiling import (
     is_near,
     make_tiling,
     memory_steps,
+    stored_bytes,
 )
 
 # Bytes of the struct Item in conv2d_baked.cu, and how many a block keeps.
@@ -45,14 +47,18 @@ STAGED = 32
 PARTIAL_SUMS = 16
 # Products of one function, at most, where it has several parts: the compiler's time
 # grows faster than the code.
-FUNCTION_PRODUCTS = 16_000
+FUNCTION_PRODUCTS = 32_000
 # Pieces of one function, at most, where it has several parts.
 FUNCTION_PIECES = 512
 
-# Numbers of these dtypes are converted on their way into the tile. They pass through
-# registers: so many loads of a thread may be on their way together.
-_CONVERTED = ("float16", "bfloat16")
-_MOST_IN_FLIGHT = 12
+# Parts share the multiprocessors if that leaves at most a tenth of them without work.
+_USED_MULTIPROCESSORS = 0.9
+
+# Numbers of these dtypes are converted on their way into the tile. Several of them are
+# copied, and land beside it; one by one they pass through registers: so many loads of a
+# thread may be on their way together then.
+CONVERTED = ("float16", "bfloat16")
+_MOST_IN_FLIGHT = 32
 _LEAST_IN_FLIGHT = 2
 # Registers of a multiprocessor, and those that a thread needs while it loads, beside
 # its sums and what it has loaded.
@@ -131,6 +137,8 @@ class Loading:
             a chunk.
         turns: Loads of one thread.
         unit: Channels that a thread loads at once.
+        in_flight: Loads of one thread that pass through registers together; 0 where
+            they are copies, all of which are on their way together.
     """
 
     row_threads: int
@@ -142,6 +150,14 @@ class Loading:
     channel_turns: int
     turns: int
     unit: int
+    in_flight: int
+
+    @property
+    def waits(self) -> int:
+        """So often a thread waits for loads."""
+        if not self.in_flight:
+            return 1
+        return self.turns // self.row_turns * -(-self.row_turns // self.in_flight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +172,11 @@ class BakedBlock:
         chunks: Chunks of channels.
         parts: Pieces of work that have code of their own, each for all tiles.
         group_parts: Parts of one group.
-        most_blocks: Blocks that the GPU can hold at a time.
+        multiprocessors: Those of the GPU.
+        most_blocks: Blocks that it can hold at a time.
         buffers: Tiles in shared memory: 2 if the next one is loaded meanwhile.
         stage: Where outputs are staged, in bytes behind the items.
+        landing: Where numbers that are to be converted land; the same.
         shared_mem_bytes: Shared memory of a block.
     """
 
@@ -169,9 +187,11 @@ class BakedBlock:
     chunks: int
     parts: int
     group_parts: int
+    multiprocessors: int
     most_blocks: int
     buffers: int
     stage: int
+    landing: int
     shared_mem_bytes: int
 
 
@@ -186,15 +206,19 @@ def make_baked_block(
     parts = gather.h.row_sets * gather.w.row_sets * gather.groups * group_parts
     items = parts * tiling.subtiles
     most_blocks = config.resident * device.multiprocessors
+    loading = _make_loading(gather, dtype, config, tile, chunks)
     staged = config.warps * WARP * _stage_pitch(gather, dtype) * PACKS[dtype][1]
+    landed = _landed_bytes(dtype, config, loading)
     room = device.shared_mem_bytes + RESERVED_BYTES
-    room = room // config.resident - RESERVED_BYTES - ITEMS * ITEM_BYTES - staged
+    room = room // config.resident - RESERVED_BYTES - ITEMS * ITEM_BYTES
+    room -= staged + landed
     # There is nothing to load ahead where a block has a single tile of all channels.
     buffers = min(2 if chunks > 1 or items > most_blocks else 1, room // tile.nbytes)
     if buffers < 1:
         return None
     stage = tile.nbytes * buffers
-    shared = ITEMS * ITEM_BYTES + stage + staged
+    landing = stage + staged
+    shared = ITEMS * ITEM_BYTES + landing + landed
     if items > GRID_LIMIT or not is_near(gather):
         return None
     if _longest_step(gather, config, tile) > GRID_LIMIT:
@@ -205,13 +229,15 @@ def make_baked_block(
         config,
         tile,
         tiling,
-        _make_loading(gather, dtype, config, tile),
+        loading,
         chunks,
         parts,
         group_parts,
+        device.multiprocessors,
         most_blocks,
         buffers,
         stage,
+        landing,
         shared,
     )
 
@@ -233,18 +259,21 @@ def _longest_step(gather: Gather, config: BakedConfig, tile: Tile) -> int:
 
 
 def _make_loading(
-    gather: Gather, dtype: str, config: BakedConfig, tile: Tile
+    gather: Gather, dtype: str, config: BakedConfig, tile: Tile, chunks: int
 ) -> Loading:
     """The division among the threads that has the fewest loads in a row."""
     threads = config.warps * WARP
     unit = tile.vector
-    if dtype in _CONVERTED and _has_vectors_of(gather, dtype, config):
-        unit = PACKS[dtype][0]
+    if dtype in CONVERTED and gather.data_format == "NHWC":
+        # What lies side by side and aligned, as far as a copy reaches.
+        both = math.gcd(config.chunk, gather.in_channels // gather.groups)
+        unit = next((unit for unit in (8, 4) if both % unit == 0), unit)
     # Neighbouring threads read neighbouring memory.
     units = config.chunk // unit if gather.data_format == "NHWC" else 1
     column_threads = min(units, threads)
     channel_turns = -(-config.chunk // (column_threads * unit))
-    best = None
+    in_flight = _in_flight(dtype, config, chunks, unit)
+    possible = []
     for wanted_turns in range(1, min(tile.columns, 8) + 1):
         columns = -(-tile.columns // wanted_turns)
         if columns * column_threads > threads:
@@ -254,12 +283,25 @@ def _make_loading(
         row_turns = -(-tile.extent_h // rows)
         column_turns = -(-tile.columns // columns)
         turns = row_turns * column_turns * gather.w.stride * channel_turns
-        if best is None or turns < best.turns:
-            best = Loading(
-                row_threads, column_threads, rows, columns,
-                row_turns, column_turns, channel_turns, turns, unit,
-            )  # fmt: skip
-    return best
+        loading = Loading(
+            row_threads, column_threads, rows, columns, row_turns, column_turns,
+            channel_turns, turns, unit, min(row_turns, in_flight),
+        )  # fmt: skip
+        possible.append(loading)
+    return min(possible, key=_loading_cost)
+
+
+def _loading_cost(loading: Loading) -> tuple[int, int]:
+    if loading.in_flight or loading.unit <= 4:
+        return loading.waits, loading.turns
+    return 0, loading.turns + loading.turns // loading.row_turns
+
+
+def _landed_bytes(dtype: str, config: BakedConfig, loading: Loading) -> int:
+    """What all threads load of a tile, where it is converted after that."""
+    if dtype not in CONVERTED or loading.unit == 1:
+        return 0
+    return loading.turns * config.warps * WARP * loading.unit * stored_bytes(dtype)
 
 
 def _stage_pitch(gather: Gather, dtype: str) -> int:
@@ -457,16 +499,20 @@ def _parts_of(
 
 def _functions(entries: _Entries, block: BakedBlock) -> Iterator[range]:
     """How the parts are divided among functions."""
-    products = int(entries.begins[-1, -1])
+    number = count_functions(int(entries.begins[-1, -1]), block)
+    edges = [block.parts * i // number for i in range(number + 1)]
+    for first, last in itertools.pairwise(edges):
+        yield range(first, last)
+
+
+def count_functions(products: int, block: BakedBlock) -> int:
+    """How many functions compute so many products, of all pixels of a thread."""
     number = max(
         -(-products // FUNCTION_PRODUCTS),
         -(-block.parts * block.chunks // FUNCTION_PIECES),
         1,
     )
-    number = min(block.parts, number)
-    edges = [block.parts * i // number for i in range(number + 1)]
-    for first, last in itertools.pairwise(edges):
-        yield range(first, last)
+    return min(block.parts, number)
 
 
 def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
@@ -503,10 +549,15 @@ def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
             0 if several else gather.w.origins[0],
         ),
         "chunks": (config.chunk, block.chunks, tile.nbytes),
-        "stores": (block.stage, int(has_quads(gather, config.outputs))),
+        "stores": (
+            block.stage,
+            block.landing,
+            int(has_quads(gather, config.outputs)),
+        ),
         "parts": (
             parts.start,
             len(parts),
+            *_shared_divisors(len(parts), block.multiprocessors),
             *divisor_words(gather.groups * block.group_parts),
             *divisor_words(block.group_parts),
             *divisor_words(gather.w.row_sets),
@@ -518,6 +569,25 @@ def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
         for name, numbers in members.items()
     )
     yield "#define LAYOUT_NUMBERS " + ", \\\n    ".join(lines) + "\n"
+
+
+def code_sharers(parts: int, multiprocessors: int) -> int:
+    """Multiprocessors that compute the same part of a function, or 0: all of them do.
+
+    A multiprocessor has fetched a part's code when its next block, or the next tile,
+    needs it again, if that is of the same part.
+    """
+    sharers = multiprocessors // parts
+    if parts == 1 or sharers * parts < _USED_MULTIPROCESSORS * multiprocessors:
+        return 0
+    return sharers
+
+
+def _shared_divisors(parts: int, multiprocessors: int) -> tuple[int, ...]:
+    sharers = code_sharers(parts, multiprocessors)
+    if not sharers:
+        return (0,) * 6
+    return *divisor_words(multiprocessors), *divisor_words(sharers)
 
 
 def _code(entries: _Entries, parts: range, block: BakedBlock) -> Iterator[str]:
@@ -581,8 +651,12 @@ def baked_launch(
         A launch with the pointers read (16-byte aligned), bias (optional), origins
         (null if `needs_origins` is false) and write (16-byte aligned).
     """
-    config, items = block.config, len(function.parts) * block.tiling.subtiles
-    words = (activation, items, *divisor_words(block.tiling.subtiles))
+    config, tiles = block.config, block.tiling.subtiles
+    items = len(function.parts) * tiles
+    sharers = code_sharers(len(function.parts), block.multiprocessors)
+    if sharers:
+        items = -(-tiles // sharers) * block.multiprocessors
+    words = (activation, items, *divisor_words(tiles))
     return Launch(
         "conv2d_baked",
         _defines(dtype, block, gather.data_format),
@@ -615,19 +689,24 @@ def _defines(
 
 
 def _loading_defines(dtype: str, block: BakedBlock) -> tuple[tuple[str, str], ...]:
-    if dtype not in _CONVERTED:
+    if dtype not in CONVERTED:
         return ()
     loading = block.loading
-    most = _MOST_IN_FLIGHT
-    if block.chunks > 1:
-        # From the second chunk on, the sums are there, too. So many 16-bit numbers take
-        # that many registers, their address one.
-        room = _registers(block.config) - block.config.sums - _LOADING_REGISTERS
-        most = min(most, room // (-(-loading.unit // 2) + 1))
-    return (
-        ("SCATTERS", str(int(loading.unit > block.tile.vector))),
-        ("IN_FLIGHT", str(max(_LEAST_IN_FLIGHT, min(loading.row_turns, most)))),
-    )
+    if not loading.in_flight:
+        return (("UNIT", str(loading.unit)),)
+    return (("IN_FLIGHT", str(loading.in_flight)),)
+
+
+def _in_flight(dtype: str, config: BakedConfig, chunks: int, unit: int) -> int:
+    """Loads of a thread that may pass through registers together; 0 for copies."""
+    if dtype not in CONVERTED or unit > 1:
+        return 0
+    room = _registers(config) - _LOADING_REGISTERS
+    if chunks > 1:
+        # From the second chunk on, the sums are there, too.
+        room -= config.sums
+    # What is loaded takes a register, and so does its address.
+    return min(max(_LEAST_IN_FLIGHT, room // 2), _MOST_IN_FLIGHT)
 
 
 def _registers(config: BakedConfig) -> int:

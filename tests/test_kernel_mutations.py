@@ -169,9 +169,11 @@ def check_compress(text: str) -> None:
 
 
 # Channels that are copied in vectors, in two chunks of which the second is shorter;
-# more outputs than are staged at once.
-VECTORS = make((2, 5, 9, 12), (3, 3, 12, 36))
-VECTORS_CONFIG = BakedConfig(36, 2, 1, 4, 9, 8)
+# more outputs than are staged at once. Of 16 bits, eight at a time, or four.
+VECTORS = make((2, 5, 9, 24), (3, 3, 24, 36))
+VECTORS_CONFIG = BakedConfig(36, 2, 1, 4, 9, 16)
+HALF_VECTORS = make((2, 5, 9, 12), (3, 3, 12, 36))
+HALF_VECTORS_CONFIG = BakedConfig(36, 2, 1, 4, 9, 8, vectors=False)
 # Several parts, groups and phases, and tails everywhere.
 NUMBERS_CONFIG = BakedConfig(3, 2, 1, 3, 7, 2)
 # The same with several pixels a thread, which neighbouring lanes store.
@@ -179,6 +181,11 @@ STRIPS_CONFIG = BakedConfig(4, 2, 1, 5, 7, 2, pixels=2)
 # More columns than are loaded at once, a prime number of them, and no padding.
 WIDE = make((3, 10, 37, 2), (3, 6, 2, 2), 1, "VALID")
 WIDE_CONFIG = BakedConfig(2, 2, 1, 2, 32, 2)
+# Columns of several channels that one thread loads after the other.
+WIDE_VECTORS = make((1, 4, 70, 16), (20, 2, 16, 4), (1, 2))
+WIDE_VECTORS_CONFIG = BakedConfig(4, 1, 1, 1, 32, 16)
+# A part of four has five multiprocessors, and one has none; fifteen, more than tiles.
+SHARING_GPUS = [replace(LITTLE_GPU, multiprocessors=number) for number in (21, 61)]
 SAMPLE = re.compile(r'#line 1 "baked_code\.cuh"\n.*?(?=#line)', re.DOTALL)
 
 
@@ -192,7 +199,7 @@ def check_baked(text: str) -> None:
         gather = fprop_gather(problem)
         tight = tight_gpu(gather, "float32", fitted(config, gather))
         exact = conv2d_reference(data.x, data.dense, problem) + bias
-        for device in (LITTLE_GPU, tight):
+        for device in (LITTLE_GPU, tight, *SHARING_GPUS):
             (call,) = baked_fprop_calls(
                 problem, data, "float32", config, device, bias=data.bias
             )
@@ -204,17 +211,20 @@ def check_baked(text: str) -> None:
 
 
 def check_baked_conversions(text: str) -> None:
-    """The same for numbers that pass through registers."""
+    """The same for numbers that are converted."""
     for problem, config, dtype in (
         (VECTORS, VECTORS_CONFIG, "float16"),
         (VECTORS, replace(VECTORS_CONFIG, vectors=False), "bfloat16"),
+        (HALF_VECTORS, HALF_VECTORS_CONFIG, "float16"),
+        (WIDE_VECTORS, WIDE_VECTORS_CONFIG, "float16"),
         (NHWC, NUMBERS_CONFIG, "float16"),
     ):
         data = make_data(problem, dtype, 0.8, whole=True)
         (call,) = baked_fprop_calls(problem, data, dtype, config, LITTLE_GPU)
-        # Several turns, the last one of which isn't whole.
-        defines = tuple(dict(call.launch.defines, IN_FLIGHT="2").items())
-        call = replace(call, launch=replace(call.launch, defines=defines))
+        if "IN_FLIGHT" in dict(call.launch.defines):
+            # Several turns, the last one of which isn't whole.
+            defines = tuple(dict(call.launch.defines, IN_FLIGHT="2").items())
+            call = replace(call, launch=replace(call.launch, defines=defines))
         exact = conv2d_reference(data.x, data.dense, problem)
         assert_exact(run_own([call], text), exact, "fprop")
 
@@ -349,6 +359,13 @@ MISTAKES = {
         (r"group \* geometry\.group_in;", "group;"),
         (r"group \* geometry\.group_out \+ first", "first"),
         (r"find_subtile\(tile,", "find_subtile(static_cast<int>(number),"),
+        # Which multiprocessor.
+        (r"divide_on\(item\.part, LAYOUT\.by_sharers\)", "item.part"),
+        (r"tile \* LAYOUT\.by_sharers\.divisor \+ first", "tile + first"),
+        (r"part >= LAYOUT\.parts \|\| first", "first"),
+        (r"\|\| first >= a\.by_tiles\.divisor", ""),
+        (r"divisor - 1 - first, LAYOUT", "divisor - first, LAYOUT"),
+        (r"turns \* LAYOUT\.by_multiprocessors\.divisor", "a.items"),
         (
             r"y \* LAYOUT\.geometry\.h\.stride \* LAYOUT\.row_pitch",
             "y * LAYOUT.row_pitch",
@@ -362,30 +379,34 @@ MISTAKES = {
         (r"sums\.of \+ pixel \* OUTPUTS", "sums.of"),
         (r"sums\.of\[k\] \+= partial", "sums.of[k] = partial"),
         (r"Sums partial = \{\}", "Sums partial = sums"),
-        (r"number < a\.items; number", "number + gridDim.x < a.items; number"),
+        (r"number < \(end\); number", "number + gridDim.x < (end); number"),
         (r"turn = turn == ITEMS - 1 \? 0 : turn \+ 1;", "turn = 0;"),
         # Tiles: bounds, pitches, chunks.
-        (r"column_exists &", ""),
+        (r"column\.exists &", ""),
         (
-            r"column_exists & \(static_cast<unsigned>\(y - window\.y_begin\) <",
-            "column_exists & (static_cast<unsigned>(y - window.y_begin) <=",
+            r"column\.exists & \(static_cast<unsigned>\(y - window\.y_begin\) <",
+            "column.exists & (static_cast<unsigned>(y - window.y_begin) <=",
         ),
         (r"channel_turn < LAYOUT", "channel_turn + 1 < LAYOUT"),
         (r"if \(channel >= channels\) break;", ""),
-        (r"row < LAYOUT\.rows_at_once\s+\?", "true ?"),
+        (r"column\.row < LAYOUT\.rows_at_once\s+\?", "true ?"),
         (r"column_turn < LAYOUT", "column_turn + 1 < LAYOUT"),
         (r"if \(quotient >= LAYOUT\.columns\) break;", ""),
         (r"remainder < stride;", "remainder + 1 < stride;"),
         (r"turn < turns;", "turn + 1 < turns;"),
-        (r"\(turn \+ 1\) \* rows <= extent_h \|\| y < extent_h", "true"),
-        (r"target \+ turn \* target_step", "target"),
-        (r"source \+ turn \* source_step", "source"),
-        (r"while \(row < extent_h\)", "while (row + 1 < extent_h)"),
-        (r"if \(row < extent_h\)", ""),
-        (r"source \+= source_step;", ""),
-        (r"target \+= target_step;", ""),
-        (r"stored\.x >> 16", "stored.x"),
-        (r"target\[i\] = numbers\[i\]", "target[0] = numbers[i]"),
+        (r"return \(turn \+ 1\) \* LAYOUT\.rows_at_once <=", "return true || 0 <="),
+        (r"column\.target \+ turn", "column.target + 0"),
+        (r"column\.source \+ turn", "column.source + 0"),
+        (r"first < LAYOUT\.row_turns; first", "first + 1 < LAYOUT.row_turns; first"),
+        (r"input_exists\(window, column, first \+ i\)", "true"),
+        # Conversions.
+        (r"i % 2 \? word >> 16 : word", "word"),
+        (r"target \+ first\)", "target)"),
+        (r"target\[first \+ i\] = numbers\[i\]", "target[i] = numbers[i]"),
+        (r"landing \+ \(column\.turns_before \+ turn\)", "landing + turn"),
+        (r"first < turns; first", "first + CONVERTED < turns; first"),
+        (r"i < CONVERTED && first", "i + 1 < CONVERTED && first"),
+        (r"stride \+\s+remainder\) \* LAYOUT\.row_turns", "stride) * LAYOUT.row_turns"),
         (r"goes_on \? item\.input : items\[turn\]\.input", "item.input"),
         (r"goes_on \? item\.input : items\[turn\]\.input", "items[turn].input"),
         (r"goes_on \? \(chunk \+ 1\) \* LAYOUT\.chunk : 0", "0"),
