@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparse_conv.baked import (
+    CONVERTED,
     PARTIAL_SUMS,
     REGISTERS,
     BakedBlock,
     BakedConfig,
+    count_functions,
     has_vectors,
     make_baked_block,
 )
@@ -38,59 +40,71 @@ _FEW_PRODUCTS = 1
 # pixel, 162 with two; 32 to 3 channels: 30.4 and 28.7.
 _MOST_PIXEL_PRODUCTS = 6000
 
-# The numbers below were fitted to 1,083 launches of 61 kernels on an H100. What the
-# model takes for them was 3.9 % slower than the best configuration tried, in the mean;
-# at most 18 %, but for two kernels of much code with 38 and 43 %.
+# The numbers below were fitted to 1,695 launches of 93 kernels, nearly all on an H200.
+# What the model takes for them was 5 % slower than the best configuration tried, in the
+# mean, and at most 42 %.
 
 # Bytes of an instruction.
 _INSTRUCTION = 16
 # Code that fits is executed from a multiprocessor's own instruction cache; more comes
-# from the next one, and what doesn't fit there from far, so many bytes a clock for 16
-# resident warps. More warps have more fetches on the way.
-_CACHED_BYTES = 32 * 1024
-_NEXT_CACHED_BYTES = 120 * 1024
-_NEXT_RATE = 10.9
-_FAR_RATE = 3.24
+# from the next one, which serves two of them, and what doesn't fit there from far, so
+# many bytes a clock for 16 resident warps. More warps have more fetches on the way.
+_CACHED_BYTES = 23 * 1024
+_NEXT_CACHED_BYTES = 125 * 1024
+_NEXT_SHARERS = 2
+_NEXT_RATE = 11.8
+_FAR_RATE = 4.82
 _FETCH_WARPS = 16
-_FETCH_POWER = 0.85
+_FETCH_POWER = 0.37
 # The same for code that is met for the first time, and for all parts together, which
 # neighbouring multiprocessors fetch through the same door.
-_FIRST_RATE = 7.6
-_DOOR_RATE = 49.0
+_FIRST_RATE = 16.3
+_DOOR_RATE = 49.9
 _DOORS = 8
 # The code of all parts together that a GPU keeps from one launch to the next. If there
 # is more, each block fetches all its code from far, so many bytes a clock.
-_KEPT_BYTES = 450 * 1024
-_LOST_RATE = 0.8
+_KEPT_BYTES = 302 * 1024
+_LOST_RATE = 2.45
 # The warps of a block that walk together; others have to be served by themselves.
 _TOGETHER = 8
 # Part of the peak that arithmetic reaches.
-_EFFICIENCY = 0.75
+_EFFICIENCY = 0.97
 # Instructions of a warp for each tile, and for each load.
-_TILE_INSTRUCTIONS = 26
-_LOAD_INSTRUCTIONS = 1.1
+_TILE_INSTRUCTIONS = 198
+_LOAD_INSTRUCTIONS = 0.32
 # Clocks for which a load of a warp, and the store that goes with it, keep shared memory
 # busy.
-_COPY_CLOCKS = 4.2
+_COPY_CLOCKS = 3.8
+# Numbers that are converted: instructions of a warp for each load and each of its
+# numbers, and the clocks of a chunk in which nothing else is done, for each time that
+# loads are waited for.
+_CONVERTED_LOAD_INSTRUCTIONS = 14.7
+_CONVERTED_INSTRUCTIONS = 2.0
+_CONVERTED_CLOCKS = 457
+_WAIT_CLOCKS = 532
 # Clocks of an instruction of a warp that is by itself.
-_ALONE = 2.3
+_ALONE = 1.66
 # Clocks of a launch with its first and its last steps.
-_LAUNCH_CLOCKS = 2140
+_LAUNCH_CLOCKS = 2090
 # Clocks that a chunk takes beside its computation: a barrier, and the wait for loads.
-_CHUNK_CLOCKS = 650
+_CHUNK_CLOCKS = 587
 # The same where a tile is loaded only after the last one has served.
-_UNBUFFERED_CLOCKS = 120
+_UNBUFFERED_CLOCKS = 119
 # Bytes of memory a clock, of one multiprocessor, and how much longer the first tile
 # takes, for which all wait at once.
-_MEMORY_RATE = 12.9
-_FIRST_TILE = 0.75
+_MEMORY_RATE = 21.4
+_FIRST_TILE = 1.09
 # What reading the input again for another part costs.
-_REREAD = 0.74
+_REREAD = 0.5
 # The part of the shorter of two times that the longer one can't hide: of arithmetic and
-# loads from shared memory, and of computation and memory, with few blocks or several.
-_UNHIDDEN_LOADS = 0.08
-_UNHIDDEN = 0.31
-_UNHIDDEN_BLOCKS = 0.27
+# loads from shared memory, and of computation and memory, with one block, two or more.
+_UNHIDDEN_LOADS = 0.15
+_UNHIDDEN_ALONE = 0.88
+_UNHIDDEN = 0.79
+_UNHIDDEN_BLOCKS = 0.72
+# What tiles take that are higher than wide: they read and write shorter pieces of
+# memory.
+_TALL = 1.01
 # Registers of a thread beside its sums.
 _OTHER_REGISTERS = 24
 _MOST_WARPS = 64
@@ -242,7 +256,7 @@ def _blocks(
     registers = sums * (2 if sums <= PARTIAL_SUMS else 1) * PACKS[dtype][1] // 4
     for warps in (2, 4, 8, 16):
         # Small blocks repeat what blocks do once; they are for few pixels.
-        if warps < 4 and all_pixels > 256 * device.multiprocessors:
+        if warps < 4 and all_pixels > 128 * device.multiprocessors:
             continue
         strips = warps * WARP
         for tile_w in {min(w, width) for w in (8, 14, 16, 28, 32, 56, 64)}:
@@ -291,15 +305,31 @@ def baked_clocks(
 ) -> float:
     """Predicted clocks of all launches."""
     config = block.config
+    functions = count_functions(nnz * config.pixels, block)
+    parts = -(-block.parts // functions)
+    clocks = functions * _function_clocks(gather, dtype, nnz, block, parts, device)
+    return clocks * (_TALL if config.tile_h > config.tile_w else 1)
+
+
+def _function_clocks(
+    gather: Gather,
+    dtype: str,
+    nnz: int,
+    block: BakedBlock,
+    parts: int,
+    device: DeviceLimits,
+) -> float:
+    """Predicted clocks of the launch of a function with so many parts."""
+    config = block.config
     products = nnz / block.parts * config.pixels
     loads = _loads(gather, products, block)
     instructions = (
         products
         + loads
         + _TILE_INSTRUCTIONS
-        + _LOAD_INSTRUCTIONS * block.chunks * block.loading.turns
+        + block.chunks * block.loading.turns * _load_instructions(dtype, block)
     )
-    items = block.parts * block.tiling.subtiles
+    items = parts * block.tiling.subtiles
     # Of the multiprocessor that has the most.
     tiles = -(-items // device.multiprocessors)
     resident = min(config.resident, tiles)
@@ -315,17 +345,31 @@ def baked_clocks(
     computing = max(
         _overlapped(issue, shared, _UNHIDDEN_LOADS),
         rounds * instructions * words * _ALONE,
-        _fetch_clocks((products + loads) * _INSTRUCTION, tiles, resident, block),
+        _fetch_clocks((products + loads) * _INSTRUCTION, parts, tiles, resident, block),
     )
-    computing += rounds * block.chunks * _CHUNK_CLOCKS
+    computing += rounds * block.chunks * (_CHUNK_CLOCKS + _wait_clocks(dtype, block))
     if block.buffers == 1 and block.chunks * tiles > 1:
         # Without other blocks, nothing goes on while a tile is loaded.
         alone = block.tile.nbytes / _MEMORY_RATE if resident == 1 else 0.0
         computing += tiles * block.chunks * (_UNBUFFERED_CLOCKS + alone)
-    memory = _memory_clocks(gather, dtype, block, device)
-    unhidden = _UNHIDDEN if resident < 3 else _UNHIDDEN_BLOCKS
+    memory = _memory_clocks(gather, dtype, block, parts, device)
+    unhidden = (_UNHIDDEN_ALONE, _UNHIDDEN, _UNHIDDEN_BLOCKS)[min(resident, 3) - 1]
     first = block.tile.nbytes / _MEMORY_RATE * _FIRST_TILE
     return _LAUNCH_CLOCKS + first + _overlapped(computing, memory, unhidden)
+
+
+def _load_instructions(dtype: str, block: BakedBlock) -> float:
+    if dtype not in CONVERTED:
+        return _LOAD_INSTRUCTIONS
+    return _CONVERTED_LOAD_INSTRUCTIONS + _CONVERTED_INSTRUCTIONS * block.loading.unit
+
+
+def _wait_clocks(dtype: str, block: BakedBlock) -> float:
+    if dtype not in CONVERTED:
+        return 0.0
+    if block.loading.in_flight:
+        return _WAIT_CLOCKS * block.loading.waits
+    return _CONVERTED_CLOCKS
 
 
 def _loads(gather: Gather, products: float, block: BakedBlock) -> float:
@@ -344,30 +388,33 @@ def _overlapped(one: float, other: float, unhidden: float) -> float:
     return max(one, other) + unhidden * min(one, other)
 
 
-def _fetch_clocks(code: float, tiles: int, resident: int, block: BakedBlock) -> float:
-    """Clocks in which a multiprocessor's blocks get their code."""
-    items = block.parts * block.tiling.subtiles
-    met = min(block.parts, -(-items // _DOORS))
+def _fetch_clocks(
+    code: float, parts: int, tiles: int, resident: int, block: BakedBlock
+) -> float:
+    """Clocks in which a multiprocessor's blocks get their code, that of each part."""
+    met = min(parts, -(-parts * block.tiling.subtiles // _DOORS))
     first = max(code / _FIRST_RATE, met * code / _DOOR_RATE)
-    if block.parts * code > _KEPT_BYTES:
-        met_in_turn = min(block.parts, -(-tiles // resident))
+    if parts * code > _KEPT_BYTES:
+        met_in_turn = min(parts, -(-tiles // resident))
         first = max(first, met_in_turn * code / _LOST_RATE)
-    if code <= _CACHED_BYTES:
+    # Blocks on a multiprocessor may be of different parts.
+    if min(parts, resident) * code <= _CACHED_BYTES:
         return first
     warps = block.config.warps
     streams = tiles * -(-warps // _TOGETHER)
-    is_near = min(block.parts, resident) * code <= _NEXT_CACHED_BYTES
+    is_near = min(parts, _NEXT_SHARERS * resident) * code <= _NEXT_CACHED_BYTES
     rate = _NEXT_RATE if is_near else _FAR_RATE
     rate *= (warps * resident / _FETCH_WARPS) ** _FETCH_POWER
     return max(first, streams * code / rate)
 
 
 def _memory_clocks(
-    gather: Gather, dtype: str, block: BakedBlock, device: DeviceLimits
+    gather: Gather, dtype: str, block: BakedBlock, parts: int, device: DeviceLimits
 ) -> float:
     size = stored_bytes(dtype)
     pixels = gather.n * gather.h.outputs * gather.w.outputs
     read = gather.n * gather.h.inputs * gather.w.inputs * gather.in_channels
-    again = 1 + _REREAD * (block.group_parts - 1)
-    nbytes = (pixels * gather.out_channels + read * again) * size
+    here = parts / block.parts
+    again = 1 + _REREAD * (block.group_parts * here - 1)
+    nbytes = (pixels * gather.out_channels * here + read * max(1.0, again)) * size
     return nbytes / device.multiprocessors / _MEMORY_RATE
