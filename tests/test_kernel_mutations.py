@@ -366,6 +366,7 @@ MISTAKES = {
         (r"\|\| first >= a\.by_tiles\.divisor", ""),
         (r"divisor - 1 - first, LAYOUT", "divisor - first, LAYOUT"),
         (r"turns \* LAYOUT\.by_multiprocessors\.divisor", "a.items"),
+        (r"if \(blockIdx\.x >= end\) return;", ""),
         (
             r"y \* LAYOUT\.geometry\.h\.stride \* LAYOUT\.row_pitch",
             "y * LAYOUT.row_pitch",
