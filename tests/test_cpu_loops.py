@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from sparse_conv.backends import cpu_loops, cpu_memory, cpu_threads
+from sparse_conv.backends import cpu_loops, cpu_memory, cpu_plan, cpu_threads
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Pattern, Rows
 from tests.reference import conv2d_reference, dgrad_reference, wgrad_reference
@@ -25,6 +25,14 @@ from tests.tolerance import assert_exact, assert_within, error_bound
 EXAMPLES = max(150, settings.default.max_examples)
 DTYPES = ("float32", "float64", "int32")
 
+# Their outputs are whole vectors, in blocks and parts that may not be.
+STREAMED = (
+    Call((2, 17, 33, 3), (5, 5, 3, 64), density=0.2),
+    Call((1, 9, 40, 128), (3, 3, 128, 208), density=0.6),
+    Call((1, 3, 600, 5), (3, 3, 5, 48), density=0.4),
+    Call((2, 21, 22, 24), (3, 3, 24, 32), strides=2, density=0.5),
+    Call((3, 20, 20, 32), (1, 1, 32, 16), density=0.3),
+)
 # Large enough for several tasks and threads, channel blocks and tiles of every kind.
 LARGE = (
     Call((2, 45, 70, 3), (11, 11, 3, 21), density=0.2),
@@ -43,6 +51,15 @@ LARGE_IDS = [str(call.problem) for call in LARGE]
 def default_threads() -> Iterator[None]:
     yield
     cpu_threads.set_thread_limit(None)
+
+
+@pytest.fixture
+def streams_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plans let outputs of every size pass the caches by."""
+    monkeypatch.setattr(cpu_plan, "STREAMED_BYTES", 1)
+    cpu_plan.make_plan.cache_clear()
+    yield
+    cpu_plan.make_plan.cache_clear()
 
 
 def sparse(kernel: np.ndarray) -> tuple[Pattern, np.ndarray]:
@@ -159,6 +176,29 @@ def test_every_pass_agrees_with_the_reference(call):
 @pytest.mark.parametrize("call", LARGE, ids=LARGE_IDS)
 def test_large_problems_agree_with_the_reference(call, integers):
     check(replace(call, integers=integers))
+
+
+@pytest.mark.usefixtures("streams_all")
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", STREAMED, ids=[str(call.problem) for call in STREAMED])
+def test_outputs_that_pass_the_caches_by(call, dtype, threads, aligned):
+    call = replace(call, dtype=dtype, integers=True)
+    cpu_threads.set_thread_limit(threads)
+    data = make_data(call)
+    problem, (pattern, values) = call.problem, sparse(data.kernel)
+    size = math.prod(problem.output_shape)
+    memory = poisoned((size + 64,), np.dtype(dtype))
+    begin = -memory.ctypes.data % 64 // memory.itemsize + (0 if aligned else 1)
+    write = memory[begin : begin + size].reshape(problem.output_shape)
+    cpu_loops.gather(
+        fprop_gather(problem), pattern.fprop_rows(), values,
+        data.x.reshape(problem.input_shape), write, data.bias,
+    )  # fmt: skip
+    assert_exact(write, references(call, data)["fprop"], "fprop")
+    rest = np.delete(memory, np.s_[begin : begin + size])
+    assert np.array_equal(rest, poisoned(rest.shape, rest.dtype), equal_nan=True)
 
 
 @settings(max_examples=EXAMPLES // 3)

@@ -93,7 +93,7 @@ class Plan(NamedTuple):
         output_block: Output channels that are summed, and written, together.
         run: Whether all that a row of planes holds is read in one run of memory;
             else it is read in one run for each column (NHWC) or channel (NCHW).
-        streaming: Whether outputs are written past the caches.
+        streaming: Whether outputs are written past the caches, if they are aligned.
         output_parts: Tasks that share the outputs of the same planes.
         tasks: Number of tasks.
     """
@@ -449,6 +449,10 @@ def _finish(job: Job, cut: _Cut, tile: _Tile) -> Plan:
     group_block = _group_block(gather, job.lanes)
     outputs = group_block * gather.out_channels // gather.groups
     output_block = OUTPUT_BLOCK if tile.blocks == 1 or job.wgrad else MANY_OUTPUTS
+    # Not less than a block, unless there are less in all, and whole vectors, for the
+    # transpositions take as long for a part of one.
+    output_block = -(-outputs // max(1, outputs // output_block))
+    output_block = min(outputs, -(-output_block // job.lanes) * job.lanes)
     return Plan(
         outer=outer,
         inner=inner,
@@ -471,11 +475,9 @@ def _finish(job: Job, cut: _Cut, tile: _Tile) -> Plan:
         block_length=tile.channels * gather.h.taps * gather.w.taps,
         blocks=tile.blocks,
         tile=tile.columns,
-        # Not less than a block, unless there are less in all: the transpositions need
-        # whole vectors.
-        output_block=-(-outputs // max(1, outputs // output_block)),
+        output_block=output_block,
         run=_in_one_run(gather, view, group_block),
-        streaming=_streams(gather, job),
+        streaming=_streams(gather, job, cut.output_parts),
         output_parts=cut.output_parts,
         chunks=cut.chunks,
         strips=cut.strips,
@@ -497,13 +499,13 @@ def _in_one_run(gather: Gather, view: _View, group_block: int) -> int:
     return 0
 
 
-def _streams(gather: Gather, job: Job) -> int:
-    """Whether the output is too large for the caches, and all of its pixels aligned."""
+def _streams(gather: Gather, job: Job, output_parts: int) -> int:
+    """Whether the output is too large for the caches, and written in whole vectors."""
     written = gather.n * gather.h.outputs * gather.w.outputs * gather.out_channels
     return int(
         gather.data_format == "NHWC"
         and gather.groups == 1
-        and gather.out_channels % job.lanes == 0
+        and gather.out_channels % (job.lanes * output_parts) == 0
         and written * job.itemsize >= STREAMED_BYTES
     )
 

@@ -39,6 +39,7 @@ from sparse_conv.backends.cpu_vectors import (
     scatter_square,
     sum_products,
     symbols,
+    write_squares,
 )
 
 # Called by compiled code alone, without Numba's wrappers and memory manager.
@@ -135,10 +136,12 @@ def _gather_task(dtype: np.dtype) -> Callable[[int, int, int], None]:
         starts = _array(scratch + 2 * VECTOR_BYTES, lane_count, np.int64)
         planes = _array(scratch + HEAD_CELLS * VECTOR_BYTES, _HUGE, dtype)
         _zero(head[:lane_count])
+        # Only aligned vectors can pass the caches by.
+        aligned = words[_GATHER.write] % VECTOR_BYTES == 0
         _gather(
             plan, number, outer_origins, inner_origins, image_rows, places, offsets,
             values, splits, lengths, read, write, bias, words[_GATHER.activation],
-            starts, head, planes,
+            aligned and plan.streaming != 0, starts, head, planes,
         )  # fmt: skip
 
     return task
@@ -219,7 +222,8 @@ def compile_function(name: str, dtype: str) -> Object:
 @_inner
 def _gather(
     plan, number, outer_origins, inner_origins, image_rows, places, offsets, values,
-    splits, lengths, read, write, bias, activation, starts, head, planes,
+    splits, lengths, read, write, bias, activation, streaming, starts, head,
+    planes,
 ):  # fmt: skip
     task = _decode(plan, number)
     task_channels = (task.group_end - task.group_begin) * plan.group_channels
@@ -246,8 +250,8 @@ def _gather(
                 if activation:
                     _activate(sums[: outputs * size * plan.lanes], activation)
                 _write_tile(
-                    plan, task, column, size, first, outputs, sums, write, starts,
-                    head[plan.lanes :],
+                    plan, task, column, size, first, outputs, sums, write, streaming,
+                    starts, head[plan.lanes :],
                 )  # fmt: skip
     finish_stores()
 
@@ -420,7 +424,9 @@ def _pack_runs(
 
 
 @_inner
-def _write_tile(plan, task, column, size, first, outputs, sums, write, starts, waste):
+def _write_tile(
+    plan, task, column, size, first, outputs, sums, write, streaming, starts, waste
+):
     """Writes the finished sums of one tile, to the rows that begin at `starts`.
 
     They are written in runs of memory: of the outputs of a pixel, and maybe those of
@@ -440,6 +446,13 @@ def _write_tile(plan, task, column, size, first, outputs, sums, write, starts, w
                 pace,
             )  # fmt: skip
             return
+    elif outputs % plan.lanes == 0:
+        vectors = outputs // plan.lanes
+        write_squares(
+            sums, size * vectors, vectors, pace, write, starts, origin, waste,
+            streaming,
+        )  # fmt: skip
+        return
     elif outputs == pace:
         runs, length = 1, size * outputs
     for run in range(runs):
@@ -451,7 +464,6 @@ def _write_tile(plan, task, column, size, first, outputs, sums, write, starts, w
             i = 0 if i < 0 else i
             scatter_square(
                 sums, at + i * step, step, length - i, write, starts, place + i, waste,
-                plan.streaming != 0,
             )  # fmt: skip
 
 

@@ -51,6 +51,9 @@ def _choose_widths() -> tuple[int, int]:
 
 VECTOR_BYTES, TILE_CELLS = _choose_widths()
 
+# The least that x86 and ARM shuffle without crossing into other parts of a vector.
+_BLOCK_BYTES = 16
+
 
 _SCALARS = {
     "float32": ir.FloatType(),
@@ -72,6 +75,7 @@ class _Vectors:
         self.scalar = _SCALARS[dtype]
         self.itemsize = np.dtype(dtype).itemsize
         self.lanes = lanes(self.itemsize)
+        self.block_lanes = _BLOCK_BYTES // self.itemsize
         self.type = ir.VectorType(self.scalar, self.lanes)
         self.is_float = dtype.startswith("float")
 
@@ -92,6 +96,18 @@ class _Vectors:
     def store_cell(self, value: _Value, pointer: _Value, number: int) -> None:
         address = self.builder.gep(pointer, [_INT64(number)])
         self.builder.store(value, address, align=VECTOR_BYTES)
+
+    def load_block(self, pointer: _Value, number: int, lane: int) -> _Value:
+        """The lanes of a cell from `lane` on that make up one block."""
+        pointer = self.builder.bitcast(pointer, self.scalar.as_pointer())
+        address = self.builder.gep(pointer, [_INT64(number * self.lanes + lane)])
+        kind = ir.VectorType(self.scalar, self.block_lanes)
+        address = self.builder.bitcast(address, kind.as_pointer())
+        return self.builder.load(address, align=_BLOCK_BYTES)
+
+    def join(self, a: _Value, b: _Value) -> _Value:
+        """The lanes of `a`, then those of `b`."""
+        return self.shuffle(a, b, range(2 * a.type.count))
 
     def splat(self, value: _Value) -> _Value:
         undefined = ir.Constant(self.type, ir.Undefined)
@@ -158,10 +174,14 @@ class _Vectors:
         store.set_metadata("nontemporal", self.builder.module.add_metadata([one]))
 
     def transpose(self, rows: list[_Value]) -> list[_Value]:
-        """Transposes a square of vectors, by swapping ever larger blocks."""
+        """Transposes squares that lie side by side, by swapping ever larger blocks.
+
+        Args:
+            rows: As many as the squares are wide; a power of two.
+        """
         rows, lane_numbers, distance = list(rows), range(self.lanes), 1
-        while distance < self.lanes:
-            for i in lane_numbers:
+        while distance < len(rows):
+            for i in range(len(rows)):
                 if i & distance:
                     continue
                 a, b = rows[i], rows[i + distance]
@@ -672,30 +692,14 @@ def _load_rows(lanes: _Lanes, count: _Value) -> list[_Value]:
     return rows
 
 
-def _store_rows(
-    lanes: _Lanes, rows: list[_Value], count: _Value, streaming: _Value
-) -> None:
-    """Stores the first `count` numbers of each row to the lane's memory.
-
-    Args:
-        lanes: Where to.
-        rows: One vector for each lane.
-        count: int64.
-        streaming: Whether to pass the caches by; whole, aligned vectors only.
-    """
+def _store_rows(lanes: _Lanes, rows: list[_Value], count: _Value) -> None:
+    """Stores the first `count` numbers of each row to the lane's memory."""
     vectors, builder = lanes.vectors, lanes.vectors.builder
     pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
-    stream, rest, whole, part, after = (
-        builder.append_basic_block(name)
-        for name in ("stream", "rest", "whole", "part", "stored")
+    whole, part, after = (
+        builder.append_basic_block(name) for name in ("whole", "part", "stored")
     )
     full = builder.icmp_signed(">=", count, _INT64(vectors.lanes))
-    builder.cbranch(builder.and_(full, streaming), stream, rest)
-    builder.position_at_end(stream)
-    for pointer, row in zip(pointers, rows, strict=True):
-        vectors.stream_store(row, pointer)
-    builder.branch(after)
-    builder.position_at_end(rest)
     builder.cbranch(full, whole, part)
     builder.position_at_end(whole)
     for pointer, row in zip(pointers, rows, strict=True):
@@ -764,10 +768,9 @@ def gather_square(
     starts="places",
     shift="int",
     waste="numbers",
-    streaming="flag",
 )
 def scatter_square(
-    vectors, source, source_at, step, count, target, starts, shift, waste, streaming
+    vectors, source, source_at, step, count, target, starts, shift, waste
 ):
     """The opposite of `gather_square`: up to LANES cells to numbers of each lane.
 
@@ -785,8 +788,6 @@ def scatter_square(
         starts: (LANES,) int64.
         shift: int64.
         waste: (LANES,) numbers, aligned as cells are, overwritten.
-        streaming: Whether to pass the caches by (boolean). All that is written must be
-            aligned then.
     """
     builder = vectors.builder
     address = vectors.cells(source, source_at)
@@ -796,7 +797,165 @@ def scatter_square(
         address = builder.gep(address, [step])
     data, start_data, absent = target, starts, waste
     pieces = _Lanes(vectors, data, start_data, shift, absent)
-    _store_rows(pieces, vectors.transpose(rows), count, streaming)
+    _store_rows(pieces, vectors.transpose(rows), count)
+
+
+@_routine(
+    source="numbers",
+    squares="int",
+    run="int",
+    pace="int",
+    target="numbers",
+    starts="places",
+    shift="int",
+    waste="numbers",
+    streaming="flag",
+)
+def write_squares(
+    vectors, source, squares, run, pace, target, starts, shift, waste, streaming
+):
+    """Writes whole squares as `scatter_square` writes one.
+
+    Lanes are often a multiple of 4 KiB apart. Such lines share a set of the first-level
+    cache, and the processor takes longer to pass them on. So a few lanes of all squares
+    are written before the next lanes, and the lines of two squares in turns: of 11x11
+    kernels with 64 outputs whose lanes lay 128 KiB apart, a Zen 4 took 7 % less.
+
+    Args:
+        vectors: Where to emit the code.
+        source: Cells, LANES for each square, one after the other.
+        squares: Number of squares, at least 1 (int64).
+        run: Squares that lie side by side in `target` (int64).
+        pace: From one such run to the next (int64).
+        target: Any array, written flat.
+        starts: (LANES,) int64.
+        shift: The first square's (int64).
+        waste: (LANES,) numbers, aligned as cells are, overwritten.
+        streaming: Whether to pass the caches by (boolean). All that is written must be
+            aligned then.
+    """
+    builder = vectors.builder
+    stream, store, done = (
+        builder.append_basic_block(name) for name in ("stream", "store", "written")
+    )
+    squares = _Squares(
+        vectors, source, squares, run, pace, target, starts, shift, waste
+    )
+    builder.cbranch(streaming, stream, store)
+    for block, is_streaming in ((stream, True), (store, False)):
+        builder.position_at_end(block)
+        for lane in range(0, vectors.lanes, vectors.block_lanes):
+            squares.write(lane, streaming=is_streaming)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+class _Squares:
+    """Squares of cells and where they go; see `write_squares`."""
+
+    def __init__(
+        self, vectors: _Vectors, source: _Value, squares: _Value, run: _Value,
+        pace: _Value, target: _Value, starts: _Value, shift: _Value, waste: _Value,
+    ):  # fmt: skip
+        self.vectors = vectors
+        self.source = source
+        self.squares = squares
+        self.run = run
+        self.pace = pace
+        self.target = target
+        self.starts = starts
+        self.shift = shift
+        self.waste = waste
+
+    def write(self, lane: int, *, streaming: bool) -> None:
+        """Writes one block of lanes, from `lane` on, of all squares."""
+        builder, none = self.vectors.builder, _INT64(0)
+
+        def body(number, carried):
+            first = builder.shl(number, _INT64(1))
+            second = builder.add(first, _INT64(1))
+            place, position = carried
+            next_place, position = self._following(place, position)
+            pair = [(first, place), (second, next_place)]
+            self._write_in_turns(pair, lane, streaming=streaming)
+            return self._following(next_place, position)
+
+        pairs = builder.lshr(self.squares, _INT64(1))
+        begin = builder.block
+        paired, rest, single, after = (
+            builder.append_basic_block(name)
+            for name in ("paired", "rest", "single", "block_written")
+        )
+        builder.cbranch(builder.icmp_signed(">", pairs, none), paired, rest)
+        builder.position_at_end(paired)
+        last, _ = _loop(builder, none, pairs, [self.shift, none], body)
+        end = builder.block
+        builder.branch(rest)
+        builder.position_at_end(rest)
+        place = builder.phi(_INT64)
+        place.add_incoming(self.shift, begin)
+        place.add_incoming(last, end)
+        odd = builder.trunc(self.squares, ir.IntType(1))
+        builder.cbranch(odd, single, after)
+        builder.position_at_end(single)
+        number = builder.sub(self.squares, _INT64(1))
+        self._write_in_turns([(number, place)], lane, streaming=streaming)
+        builder.branch(after)
+        builder.position_at_end(after)
+
+    def _following(self, place: _Value, position: _Value) -> tuple[_Value, _Value]:
+        """The place of the next square, and its position in its run."""
+        builder, width = self.vectors.builder, _INT64(self.vectors.lanes)
+        position = builder.add(position, _INT64(1))
+        ended = builder.icmp_signed("==", position, self.run)
+        back = builder.mul(builder.sub(self.run, _INT64(1)), width)
+        step = builder.select(ended, builder.sub(self.pace, back), width)
+        position = builder.select(ended, _INT64(0), position)
+        return builder.add(place, step), position
+
+    def _write_in_turns(
+        self, squares: Sequence[tuple[_Value, _Value]], lane: int, *, streaming: bool
+    ) -> None:
+        """Writes one block of lanes of some squares, given by number and place."""
+        vectors, builder = self.vectors, self.vectors.builder
+        width = _INT64(vectors.lanes)
+        cells = [
+            vectors.cells(self.source, builder.mul(number, width))
+            for number, _ in squares
+        ]
+        pieces = [
+            _Lanes(vectors, self.target, self.starts, place, self.waste)
+            for _, place in squares
+        ]
+        rows = [_block_of_lanes(vectors, square, lane) for square in cells]
+        for i in range(vectors.block_lanes):
+            for row, piece in zip(rows, pieces, strict=True):
+                pointer = piece.pointer(lane + i)
+                if streaming:
+                    vectors.stream_store(row[i], pointer)
+                else:
+                    builder.store(row[i], pointer, align=vectors.itemsize)
+
+
+def _block_of_lanes(vectors: _Vectors, cells: _Value, lane: int) -> list[_Value]:
+    """What the lanes of a block, from `lane` on, get of a square: a vector for each.
+
+    Blocks are loaded to where they belong, so that only their insides are left to
+    transpose.
+    """
+    rows = []
+    for i in range(vectors.block_lanes):
+        blocks = [
+            vectors.load_block(cells, cell, lane)
+            for cell in range(i, vectors.lanes, vectors.block_lanes)
+        ]
+        while len(blocks) > 1:
+            blocks = [
+                vectors.join(a, b)
+                for a, b in zip(blocks[::2], blocks[1::2], strict=True)
+            ]
+        rows += blocks
+    return vectors.transpose(rows)
 
 
 @intrinsic
