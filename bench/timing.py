@@ -20,8 +20,9 @@ import numpy as np
 
 from sparse_conv.streams import wait_for_devices
 
-# A sample shorter than this is mostly the resolution and the wait at its end.
-SAMPLE_S = 2e-3
+# A shorter sample shows the resolution, the wait at its end, and what the sample before
+# left behind: cold caches, or a core that has to wake.
+SAMPLE_S = 20e-3
 MOST_CALLS = 20
 
 
