@@ -120,7 +120,8 @@ def test_the_layers_are_measured_at_all_batches_and_densities(on_gpu):
     networks = {layer.group for layer in layers}
     assert networks == {"ResNet-50 3x3", "ResNet-50 1x1", "MobileNet 1x1", "VGG-16"}
     assert {layer.n for layer in layers} == {1, 32 if on_gpu else 8}
-    assert {layer.density for layer in layers} == {0.02, 0.05, 0.1, 0.2}
+    more = set() if on_gpu else {0.5, 1.0}
+    assert {layer.density for layer in layers} == {0.02, 0.05, 0.1, 0.2} | more
     assert {layer.dtype for layer in layers} == {"float32", "bfloat16"}
 
 
