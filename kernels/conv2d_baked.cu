@@ -1,7 +1,8 @@
 // Forward pass and input gradient for one kernel, whose pattern and values are code.
 //
-// Every thread computes OUTPUTS channels of PIXELS pixels, one above the other. For each
-// input that it reads, there is one instruction for each nonzero weight of that input and
+// Every thread computes OUTPUTS channels of PIXELS pixels, one above the other, and the
+// threads of a team a tile of them; other teams of a block compute other channels of the
+// same tile. For each input that a thread reads, there is one instruction for each nonzero weight of that input and
 // pixel, with the weight as its immediate operand: nothing is decoded and no zero is
 // visited. The instructions are generated (see baked_code.cuh), and so are the numbers of
 // LAYOUT; this text is what surrounds them: it brings tiles of the input into shared
@@ -37,6 +38,11 @@
 #ifndef WARPS
 #define WARPS 4
 #endif
+// Teams of warps: each computes another part from the same tile of the input.
+#ifndef TEAMS
+#define TEAMS 1
+#endif
+#define TEAM_THREADS (WARPS / TEAMS * WARP)
 // Blocks that share a multiprocessor; bounds the registers.
 #ifndef RESIDENT
 #define RESIDENT 1
@@ -214,13 +220,13 @@ struct Part {
     int outputs;
 };
 
-// What a block's threads share about one item: a tile of one part. It lies in shared
+// What a block's threads share about one item: a tile of one part for each team. It lies in shared
 // memory, from where it is read again when it is needed: the sums take nearly all
 // registers.
 struct Item {
     Window input;
     Window output;
-    // The part, of those of this function.
+    // The first team's part, of those of this function; the next ones are the others'.
     int part;
 };
 
@@ -260,7 +266,7 @@ __device__ __forceinline__ unsigned find_end(const Arguments& a) {
     int turn = blockIdx.x;
     int part = divide_on(turn, LAYOUT.by_multiprocessors);
     const int first = divide_on(part, LAYOUT.by_sharers);
-    if (part >= LAYOUT.parts || first >= a.by_tiles.divisor) return 0;
+    if (part * TEAMS >= LAYOUT.parts || first >= a.by_tiles.divisor) return 0;
     const int turns = divide(a.by_tiles.divisor - 1 - first, LAYOUT.by_sharers) + 1;
     return turns * LAYOUT.by_multiprocessors.divisor;
 }
@@ -273,10 +279,11 @@ __device__ __forceinline__ void find_item(const Arguments& a, unsigned number, I
         item.part = divide_on(tile, LAYOUT.by_multiprocessors);
         const int first = divide_on(item.part, LAYOUT.by_sharers);
         tile = tile * LAYOUT.by_sharers.divisor + first;
-    } else if (LAYOUT.parts > 1) {
+    } else if (LAYOUT.parts > TEAMS) {
         item.part = tile;
         tile = divide_on(item.part, a.by_tiles);
     }
+    item.part *= TEAMS;
     const Part part = find_part(item.part);
     item.input = empty_window();
     item.output = empty_window();
@@ -523,10 +530,19 @@ __device__ __forceinline__ void finish_tile(char* tiles, int buffer, int first_c
 #endif
 }
 
+// The thread's number in its team, and its team's.
+__device__ __forceinline__ int find_member() {
+    return TEAMS == 1 ? threadIdx.x : threadIdx.x % TEAM_THREADS;
+}
+
+__device__ __forceinline__ int find_team() {
+    return TEAMS == 1 ? 0 : threadIdx.x / TEAM_THREADS;
+}
+
 // Where the thread's pixel lies, from the item's first on; negative if there is none.
 __device__ __forceinline__ int find_offset(const Window& output, int pixel) {
-    const int strip = divide(threadIdx.x, LAYOUT.tiling.by_tile_w);
-    const int x = threadIdx.x - strip * LAYOUT.tiling.tile_w;
+    const int strip = divide(find_member(), LAYOUT.tiling.by_tile_w);
+    const int x = find_member() - strip * LAYOUT.tiling.tile_w;
     const int y = strip * PIXELS + pixel;
     // What exists of the tile ends where the tile does, at the latest.
     if (!contains(output, y, x)) return -1;
@@ -612,7 +628,7 @@ __device__ __forceinline__ void stage_quads(
 __device__ __forceinline__ void store_pixel(
     const Arguments& a, Accumulator* stage, const Item& item, int pixel,
     const Accumulator* sums) {
-    const Part part = find_part(item.part);
+    const Part part = find_part(item.part + find_team());
     const int offset = find_offset(item.output, pixel);
     Storage* write = a.write + item.output.offset +
                      widening(part.first_output, LAYOUT.steps.write_channel);
@@ -654,8 +670,8 @@ __device__ __forceinline__ void store(
 // Where the thread reads the tile for the first tap of its first pixel, in bytes. A thread
 // behind the tile's end computes pixel 0 again; it isn't stored.
 __device__ __forceinline__ int find_place() {
-    const int strip = divide(threadIdx.x, LAYOUT.tiling.by_tile_w);
-    const int x = threadIdx.x - strip * LAYOUT.tiling.tile_w;
+    const int strip = divide(find_member(), LAYOUT.tiling.by_tile_w);
+    const int x = find_member() - strip * LAYOUT.tiling.tile_w;
     const int y = strip * PIXELS;
     if (y >= LAYOUT.tiling.tile_h) return 0;
     return (y * LAYOUT.geometry.h.stride * LAYOUT.row_pitch + x * LAYOUT.column_pitch) *
@@ -674,8 +690,9 @@ __device__ __forceinline__ void meet() {
 
 #define PARTIAL_SUMS 16
 
-// Adds a chunk's products to the sums. `piece` counts the chunks of all parts. Where there are registers, they have sums of their
-// own: rounding errors then grow with the number of chunks, plus that of a chunk's products.
+// Adds a chunk's products to the sums. `piece` counts the chunks of all parts. Where there
+// are registers, a chunk has sums of its own: rounding errors then grow with the number of
+// chunks, plus that of a chunk's products.
 __device__ __forceinline__ void add_chunk(int piece, const char* place, Sums& sums) {
 #if MANY_CHUNKS && PIXELS * OUTPUTS <= PARTIAL_SUMS
     Sums partial = {};
@@ -742,8 +759,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
             if (loads && (BUFFERED || LANDS)) {
                 load_tile<IN_FLIGHT>(next, tiles, next_buffer, next_channel);
             }
-            if (chunk == 0) begin_sums(a, find_part(item.part), sums);
-            add_chunk(item.part * LAYOUT.chunks + chunk, place + buffer, sums);
+            const int part = item.part + find_team();
+            if (chunk == 0) begin_sums(a, find_part(part), sums);
+            add_chunk(part * LAYOUT.chunks + chunk, place + buffer, sums);
             if (!BUFFERED) {
                 meet();
                 if (loads && !LANDS) {

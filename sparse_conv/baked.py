@@ -74,7 +74,7 @@ class BakedConfig:
 
     Attributes:
         outputs: Output channels of a thread.
-        warps: Warps of a block that compute; one more finds their work.
+        warps: Warps of a block that compute, of all teams; one more finds their work.
         resident: Blocks that share a multiprocessor; bounds a thread's registers.
         tile_h: Height of a tile in outputs of one phase.
         tile_w: Width of a tile.
@@ -82,6 +82,7 @@ class BakedConfig:
         pixels: Pixels of a thread, one above the other.
         vectors: Whether several channels are loaded at once, where they lie side by
             side. They have to be loaded even if few of them are used.
+        teams: Teams of warps; each computes another part from the same tile.
     """
 
     outputs: int
@@ -92,11 +93,17 @@ class BakedConfig:
     chunk: int
     pixels: int = 1
     vectors: bool = True
+    teams: int = 1
 
     @property
     def sums(self) -> int:
         """Sums of a thread."""
         return self.outputs * self.pixels
+
+    @property
+    def team_warps(self) -> int:
+        """Warps of a team."""
+        return self.warps // self.teams
 
     @property
     def thread_rows(self) -> int:
@@ -170,7 +177,8 @@ class BakedBlock:
         tiling: How the outputs are divided into tiles.
         loading: How a tile is loaded.
         chunks: Chunks of channels.
-        parts: Pieces of work that have code of their own, each for all tiles.
+        parts: Pieces of work that have code of their own, each for all tiles. The teams
+            of a block compute neighbouring ones, of the same group.
         group_parts: Parts of one group.
         multiprocessors: Those of the GPU.
         most_blocks: Blocks that it can hold at a time.
@@ -204,7 +212,7 @@ def make_baked_block(
     chunks = -(-(gather.in_channels // gather.groups) // config.chunk)
     group_parts = -(-(gather.out_channels // gather.groups) // config.outputs)
     parts = gather.h.row_sets * gather.w.row_sets * gather.groups * group_parts
-    items = parts * tiling.subtiles
+    items = parts // config.teams * tiling.subtiles
     most_blocks = config.resident * device.multiprocessors
     loading = _make_loading(gather, dtype, config, tile, chunks)
     staged = config.warps * WARP * _stage_pitch(gather, dtype) * PACKS[dtype][1]
@@ -219,11 +227,15 @@ def make_baked_block(
     stage = tile.nbytes * buffers
     landing = stage + staged
     shared = ITEMS * ITEM_BYTES + landing + landed
-    if items > GRID_LIMIT or not is_near(gather):
+    # Items are padded to what a whole number of multiprocessors takes.
+    padded = items / _USED_MULTIPROCESSORS + device.multiprocessors
+    if padded > GRID_LIMIT or not is_near(gather):
         return None
     if _longest_step(gather, config, tile) > GRID_LIMIT:
         return None
-    if config.thread_rows * config.tile_w > config.warps * WARP:
+    if config.thread_rows * config.tile_w > config.team_warps * WARP:
+        return None
+    if group_parts % config.teams or config.warps % config.teams:
         return None
     return BakedBlock(
         config,
@@ -500,9 +512,10 @@ def _parts_of(
 def _functions(entries: _Entries, block: BakedBlock) -> Iterator[range]:
     """How the parts are divided among functions."""
     number = count_functions(int(entries.begins[-1, -1]), block)
-    edges = [block.parts * i // number for i in range(number + 1)]
+    teams = block.config.teams
+    edges = [block.parts // teams * i // number for i in range(number + 1)]
     for first, last in itertools.pairwise(edges):
-        yield range(first, last)
+        yield range(first * teams, last * teams)
 
 
 def count_functions(products: int, block: BakedBlock) -> int:
@@ -512,7 +525,7 @@ def count_functions(products: int, block: BakedBlock) -> int:
         -(-block.parts * block.chunks // FUNCTION_PIECES),
         1,
     )
-    return min(block.parts, number)
+    return min(block.parts // block.config.teams, number)
 
 
 def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
@@ -557,7 +570,7 @@ def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
         "parts": (
             parts.start,
             len(parts),
-            *_shared_divisors(len(parts), block.multiprocessors),
+            *_shared_divisors(len(parts) // config.teams, block.multiprocessors),
             *divisor_words(gather.groups * block.group_parts),
             *divisor_words(block.group_parts),
             *divisor_words(gather.w.row_sets),
@@ -571,20 +584,24 @@ def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
     yield "#define LAYOUT_NUMBERS " + ", \\\n    ".join(lines) + "\n"
 
 
-def code_sharers(parts: int, multiprocessors: int) -> int:
-    """Multiprocessors that compute the same part of a function, or 0: all of them do.
+def code_sharers(kinds: int, multiprocessors: int) -> int:
+    """Multiprocessors that compute the same parts of a function, or 0: all of them do.
 
     A multiprocessor has fetched a part's code when its next block, or the next tile,
     needs it again, if that is of the same part.
+
+    Args:
+        kinds: Kinds of blocks: parts, or groups of parts that teams compute together.
+        multiprocessors: Those of the GPU.
     """
-    sharers = multiprocessors // parts
-    if parts == 1 or sharers * parts < _USED_MULTIPROCESSORS * multiprocessors:
+    sharers = multiprocessors // kinds
+    if kinds == 1 or sharers * kinds < _USED_MULTIPROCESSORS * multiprocessors:
         return 0
     return sharers
 
 
-def _shared_divisors(parts: int, multiprocessors: int) -> tuple[int, ...]:
-    sharers = code_sharers(parts, multiprocessors)
+def _shared_divisors(kinds: int, multiprocessors: int) -> tuple[int, ...]:
+    sharers = code_sharers(kinds, multiprocessors)
     if not sharers:
         return (0,) * 6
     return *divisor_words(multiprocessors), *divisor_words(sharers)
@@ -652,8 +669,9 @@ def baked_launch(
         (null if `needs_origins` is false) and write (16-byte aligned).
     """
     config, tiles = block.config, block.tiling.subtiles
-    items = len(function.parts) * tiles
-    sharers = code_sharers(len(function.parts), block.multiprocessors)
+    kinds = len(function.parts) // config.teams
+    items = kinds * tiles
+    sharers = code_sharers(kinds, block.multiprocessors)
     if sharers:
         items = -(-tiles // sharers) * block.multiprocessors
     words = (activation, items, *divisor_words(tiles))
@@ -679,6 +697,7 @@ def _defines(
         ("OUTPUTS", str(config.outputs)),
         ("PIXELS", str(config.pixels)),
         ("WARPS", str(config.warps)),
+        ("TEAMS", str(config.teams)),
         ("RESIDENT", str(config.resident)),
         ("MANY_CHUNKS", str(int(block.chunks > 1))),
         ("BUFFERED", str(int(block.buffers > 1))),

@@ -49,65 +49,68 @@ _INSTRUCTION = 16
 # Code that fits is executed from a multiprocessor's own instruction cache; more comes
 # from the next one, which serves two of them, and what doesn't fit there from far, so
 # many bytes a clock for 16 resident warps. More warps have more fetches on the way.
-_CACHED_BYTES = 23 * 1024
-_NEXT_CACHED_BYTES = 125 * 1024
+_CACHED_BYTES = 22 * 1024
+_NEXT_CACHED_BYTES = 134 * 1024
 _NEXT_SHARERS = 2
-_NEXT_RATE = 11.8
-_FAR_RATE = 4.82
+_NEXT_RATE = 12.77
+_FAR_RATE = 5.315
 _FETCH_WARPS = 16
-_FETCH_POWER = 0.37
+_FETCH_POWER = 0.389
 # The same for code that is met for the first time, and for all parts together, which
 # neighbouring multiprocessors fetch through the same door.
-_FIRST_RATE = 16.3
-_DOOR_RATE = 49.9
+_FIRST_RATE = 15.1
+_DOOR_RATE = 67.04
 _DOORS = 8
 # The code of all parts together that a GPU keeps from one launch to the next. If there
 # is more, each block fetches all its code from far, so many bytes a clock.
 _KEPT_BYTES = 302 * 1024
-_LOST_RATE = 2.45
+_LOST_RATE = 2.957
 # The warps of a block that walk together; others have to be served by themselves.
 _TOGETHER = 8
 # Part of the peak that arithmetic reaches.
-_EFFICIENCY = 0.97
+_EFFICIENCY = 0.969
 # Instructions of a warp for each tile, and for each load.
-_TILE_INSTRUCTIONS = 198
-_LOAD_INSTRUCTIONS = 0.32
+_TILE_INSTRUCTIONS = 157
+_LOAD_INSTRUCTIONS = 0.377
 # Clocks for which a load of a warp, and the store that goes with it, keep shared memory
 # busy.
-_COPY_CLOCKS = 3.8
+_COPY_CLOCKS = 2.798
 # Numbers that are converted: instructions of a warp for each load and each of its
 # numbers, and the clocks of a chunk in which nothing else is done, for each time that
 # loads are waited for.
-_CONVERTED_LOAD_INSTRUCTIONS = 14.7
-_CONVERTED_INSTRUCTIONS = 2.0
-_CONVERTED_CLOCKS = 457
-_WAIT_CLOCKS = 532
+_CONVERTED_LOAD_INSTRUCTIONS = 8.806
+_CONVERTED_INSTRUCTIONS = 2.671
+_CONVERTED_CLOCKS = 544
+_WAIT_CLOCKS = 604
 # Clocks of an instruction of a warp that is by itself.
-_ALONE = 1.66
+_ALONE = 1.581
 # Clocks of a launch with its first and its last steps.
-_LAUNCH_CLOCKS = 2090
+_LAUNCH_CLOCKS = 2289
 # Clocks that a chunk takes beside its computation: a barrier, and the wait for loads.
-_CHUNK_CLOCKS = 587
+_CHUNK_CLOCKS = 561
 # The same where a tile is loaded only after the last one has served.
-_UNBUFFERED_CLOCKS = 119
+_UNBUFFERED_CLOCKS = 177
 # Bytes of memory a clock, of one multiprocessor, and how much longer the first tile
 # takes, for which all wait at once.
-_MEMORY_RATE = 21.4
-_FIRST_TILE = 1.09
+_MEMORY_RATE = 20.37
+_FIRST_TILE = 0.777
 # What reading the input again for another part costs.
-_REREAD = 0.5
+_REREAD = 0.519
 # The part of the shorter of two times that the longer one can't hide: of arithmetic and
-# loads from shared memory, and of computation and memory, with one block, two or more.
-_UNHIDDEN_LOADS = 0.15
-_UNHIDDEN_ALONE = 0.88
-_UNHIDDEN = 0.79
-_UNHIDDEN_BLOCKS = 0.72
+# loads from shared memory, of both and of fetching code, and of computation and memory,
+# with one block, two or more.
+_UNHIDDEN_LOADS = 0.157
+_UNHIDDEN_FETCHES = 0.082
+_UNHIDDEN_ALONE = 1.024
+_UNHIDDEN = 0.752
+_UNHIDDEN_BLOCKS = 0.656
 # What tiles take that are higher than wide: they read and write shorter pieces of
 # memory.
 _TALL = 1.01
 # Registers of a thread beside its sums.
 _OTHER_REGISTERS = 24
 _MOST_WARPS = 64
+_MOST_BLOCK_WARPS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,7 @@ def described(block: BakedBlock, nnz: int) -> str:
 def shortlist(
     gather: Gather, dtype: str, nnz: int, device: DeviceLimits, most: int
 ) -> list[BakedBlock]:
-    """The best configurations by the model, at most one of each tile.
+    """The best configurations by the model, at most one of each tile and team.
 
     Args:
         gather: What is computed; code can be generated for it.
@@ -183,7 +186,8 @@ def shortlist(
     possible = _costed(gather, dtype, nnz, device)
     for _, block in sorted(possible, key=lambda one: one[0]):
         config = block.config
-        best.setdefault((config.outputs, config.tile_h, config.tile_w), block)
+        tile = (config.outputs, config.teams, config.tile_h, config.tile_w)
+        best.setdefault(tile, block)
     return list(best.values())[:most]
 
 
@@ -264,12 +268,13 @@ def _blocks(
                 continue
             tile_h = _even(height, strips // tile_w * pixels)
             needed = -(-(-(-tile_h // pixels) * tile_w) // WARP)
-            for resident in _residents(registers, needed):
-                for chunk in _chunks(gather.in_channels // gather.groups):
-                    yield BakedConfig(
-                        outputs, needed, resident, tile_h, tile_w, chunk, pixels,
-                        vectors,
-                    )  # fmt: skip
+            for teams in _teams(gather, outputs, registers, needed):
+                for resident in _residents(registers, teams * needed):
+                    for chunk in _chunks(gather.in_channels // gather.groups):
+                        yield BakedConfig(
+                            outputs, teams * needed, resident, tile_h, tile_w, chunk,
+                            pixels, vectors, teams,
+                        )  # fmt: skip
 
 
 def _even(extent: int, most: int) -> int:
@@ -284,6 +289,21 @@ def _divided(group_out: int, most: int) -> Iterator[int]:
             yield outputs
 
 
+def _teams(gather: Gather, outputs: int, registers: int, warps: int) -> Iterator[int]:
+    """How many teams of so many warps a block may have."""
+    parts = -(-(gather.out_channels // gather.groups) // outputs)
+    yield 1
+    for teams in (2, 4):
+        fits = teams * warps < min(_room(registers), _MOST_BLOCK_WARPS)
+        if fits and parts % teams == 0:
+            yield teams
+
+
+def _room(registers: int) -> int:
+    """Warps that a multiprocessor holds, of threads with so many registers of sums."""
+    return min(_MOST_WARPS, REGISTERS // ((registers + _OTHER_REGISTERS) * WARP))
+
+
 def _residents(registers: int, warps: int) -> set[int]:
     """How many blocks may share a multiprocessor, by their registers.
 
@@ -291,8 +311,7 @@ def _residents(registers: int, warps: int) -> set[int]:
         registers: Those of a thread's sums.
         warps: Warps of a block that compute; one more finds their work.
     """
-    room = min(_MOST_WARPS, REGISTERS // ((registers + _OTHER_REGISTERS) * WARP))
-    most = max(1, room // (warps + 1))
+    most = max(1, _room(registers) // (warps + 1))
     return {1, min(2, most), min(most, 16)}
 
 
@@ -306,7 +325,7 @@ def baked_clocks(
     """Predicted clocks of all launches."""
     config = block.config
     functions = count_functions(nnz * config.pixels, block)
-    parts = -(-block.parts // functions)
+    parts = -(-block.parts // config.teams // functions) * config.teams
     clocks = functions * _function_clocks(gather, dtype, nnz, block, parts, device)
     return clocks * (_TALL if config.tile_h > config.tile_w else 1)
 
@@ -329,7 +348,8 @@ def _function_clocks(
         + _TILE_INSTRUCTIONS
         + block.chunks * block.loading.turns * _load_instructions(dtype, block)
     )
-    items = parts * block.tiling.subtiles
+    kinds = parts // config.teams
+    items = kinds * block.tiling.subtiles
     # Of the multiprocessor that has the most.
     tiles = -(-items // device.multiprocessors)
     resident = min(config.resident, tiles)
@@ -345,8 +365,10 @@ def _function_clocks(
     computing = max(
         _overlapped(issue, shared, _UNHIDDEN_LOADS),
         rounds * instructions * words * _ALONE,
-        _fetch_clocks((products + loads) * _INSTRUCTION, parts, tiles, resident, block),
     )
+    code = (products + loads) * _INSTRUCTION * config.teams
+    fetching = _fetch_clocks(code, kinds, tiles, resident, block)
+    computing = _overlapped(computing, fetching, _UNHIDDEN_FETCHES)
     computing += rounds * block.chunks * (_CHUNK_CLOCKS + _wait_clocks(dtype, block))
     if block.buffers == 1 and block.chunks * tiles > 1:
         # Without other blocks, nothing goes on while a tile is loaded.
@@ -389,22 +411,22 @@ def _overlapped(one: float, other: float, unhidden: float) -> float:
 
 
 def _fetch_clocks(
-    code: float, parts: int, tiles: int, resident: int, block: BakedBlock
+    code: float, kinds: int, tiles: int, resident: int, block: BakedBlock
 ) -> float:
-    """Clocks in which a multiprocessor's blocks get their code, that of each part."""
-    met = min(parts, -(-parts * block.tiling.subtiles // _DOORS))
+    """Clocks in which a multiprocessor's blocks get their code, that of each kind."""
+    met = min(kinds, -(-kinds * block.tiling.subtiles // _DOORS))
     first = max(code / _FIRST_RATE, met * code / _DOOR_RATE)
-    if parts * code > _KEPT_BYTES:
-        met_in_turn = min(parts, -(-tiles // resident))
+    if kinds * code > _KEPT_BYTES:
+        met_in_turn = min(kinds, -(-tiles // resident))
         first = max(first, met_in_turn * code / _LOST_RATE)
-    # Blocks on a multiprocessor may be of different parts.
-    if min(parts, resident) * code <= _CACHED_BYTES:
+    # Blocks on a multiprocessor may be of different kinds.
+    if min(kinds, resident) * code <= _CACHED_BYTES:
         return first
-    warps = block.config.warps
-    streams = tiles * -(-warps // _TOGETHER)
-    is_near = min(parts, _NEXT_SHARERS * resident) * code <= _NEXT_CACHED_BYTES
+    config = block.config
+    streams = tiles * -(-config.team_warps // _TOGETHER)
+    is_near = min(kinds, _NEXT_SHARERS * resident) * code <= _NEXT_CACHED_BYTES
     rate = _NEXT_RATE if is_near else _FAR_RATE
-    rate *= (warps * resident / _FETCH_WARPS) ** _FETCH_POWER
+    rate *= (config.warps * resident / _FETCH_WARPS) ** _FETCH_POWER
     return max(first, streams * code / rate)
 
 
@@ -415,6 +437,6 @@ def _memory_clocks(
     pixels = gather.n * gather.h.outputs * gather.w.outputs
     read = gather.n * gather.h.inputs * gather.w.inputs * gather.in_channels
     here = parts / block.parts
-    again = 1 + _REREAD * (block.group_parts * here - 1)
+    again = 1 + _REREAD * (block.group_parts / block.config.teams * here - 1)
     nbytes = (pixels * gather.out_channels * here + read * max(1.0, again)) * size
     return nbytes / device.multiprocessors / _MEMORY_RATE

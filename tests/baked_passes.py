@@ -7,6 +7,7 @@ should be.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,14 @@ from tests.problems import DTYPES, Data
 
 
 def fitted(config: BakedConfig, gather: Gather) -> BakedConfig:
-    """A configuration with no more outputs and channels than there are."""
+    """A configuration with no more outputs, teams and channels than there are."""
+    group_out = gather.out_channels // gather.groups
+    outputs = min(config.outputs, group_out)
     return dataclasses.replace(
         config,
-        outputs=min(config.outputs, gather.out_channels // gather.groups),
+        outputs=outputs,
         chunk=min(config.chunk, gather.in_channels // gather.groups),
+        teams=math.gcd(config.teams, -(-group_out // outputs)),
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -216,10 +217,13 @@ def run_baked(run: Runner, case: Case, config: BakedConfig, device=H200) -> int:
         ("dgrad", dgrad_gather(p), case.pattern.dgrad_rows(dgrad_gather(p)), case.dy,
          p.input_shape, None),
     ):  # fmt: skip
+        group_out = gather.out_channels // gather.groups
+        outputs = min(config.outputs, group_out)
         fitted = dataclasses.replace(
             config,
-            outputs=min(config.outputs, gather.out_channels // gather.groups),
+            outputs=outputs,
             chunk=min(config.chunk, gather.in_channels // gather.groups),
+            teams=math.gcd(config.teams, -(-group_out // outputs)),
         )
         block = baked.make_baked_block(gather, case.dtype, fitted, device)
         if block is None:
@@ -326,6 +330,7 @@ BAKED_CONFIGS = [
     (BakedConfig(8, 2, 1, 4, 16, 2**20), LITTLE),
     (BakedConfig(8, 2, 1, 4, 16, 2**20), H200),
     (BakedConfig(4, 2, 1, 10, 16, 4, pixels=4, vectors=False), LITTLE),
+    (BakedConfig(3, 4, 2, 4, 16, 8, teams=2), LITTLE),
 ]
 WGRAD_CONFIGS = [
     plan.WgradConfig(4, 2, 3, 8, 16, 3, 3),

@@ -47,7 +47,11 @@ WHOLE = BakedConfig(outputs=64, warps=1, resident=1, tile_h=4, tile_w=8, chunk=2
 STRIPS = BakedConfig(
     outputs=3, warps=1, resident=1, tile_h=5, tile_w=8, chunk=4, pixels=4, vectors=False
 )
-CONFIGS = {"small": SMALL, "whole": WHOLE, "strips": STRIPS}
+# Teams of one warp, where there are two parts for them.
+TEAMS = BakedConfig(
+    outputs=3, warps=2, resident=1, tile_h=4, tile_w=7, chunk=4, teams=2
+)
+CONFIGS = {"small": SMALL, "whole": WHOLE, "strips": STRIPS, "teams": TEAMS}
 # Every kind of stride, dilation and padding, groups, both layouts.
 VARIED = [problem for problem in PROBLEMS if 0 not in problem.input_shape][::5]
 
@@ -124,11 +128,13 @@ def test_bias_and_activation(name, layout, dtype):
     )
 
 
-def test_parts_may_be_divided_among_functions(monkeypatch):
+@pytest.mark.parametrize("teams", [1, 2])
+def test_parts_may_be_divided_among_functions(teams, monkeypatch):
     monkeypatch.setattr(baked, "FUNCTION_PRODUCTS", 40)
-    problem = make((2, 7, 9, 8), (3, 3, 4, 12))
+    problem = make((2, 7, 9, 8), (3, 3, 4, 16))
     data = make_data(problem, "float32", 0.5, whole=True)
-    calls = baked_fprop_calls(problem, data, "float32", SMALL)
+    config = dataclasses.replace(SMALL, outputs=2, warps=2 * teams, teams=teams)
+    calls = baked_fprop_calls(problem, data, "float32", config)
     assert len(calls) > 1
     exact = conv2d_reference(data.x, data.dense, problem)
     assert_exact(run_baked(calls), exact, "fprop")
@@ -199,6 +205,7 @@ def test_the_sample_compiles_by_itself():
     ("images", "channels", "config", "bytes_spilt"),
     [
         (1, 3, BakedConfig(64, 8, 2, 16, 16, 3), 0),
+        (300, 3, BakedConfig(32, 16, 2, 16, 16, 3, teams=2), 0),
         (300, 3, BakedConfig(64, 8, 2, 16, 16, 3), 0),
         (300, 64, BakedConfig(64, 7, 2, 14, 14, 16), 0),
         # A few registers less than would be needed between two chunks.
@@ -222,6 +229,19 @@ def test_64_sums_stay_in_registers(images, channels, config, bytes_spilt, dtype)
     spilt = re.search(r"(\d+) bytes spill stores", log)
     assert spilt is not None, log
     assert int(spilt[1]) <= bytes_spilt, log
+
+
+def test_teams_share_the_parts_of_a_group_evenly():
+    gather = fprop_gather(make((1, 9, 9, 8), (3, 3, 4, 36)))
+    for outputs, teams, possible in (
+        (3, 2, True), (3, 4, False), (6, 3, True), (18, 1, True), (18, 2, False),
+    ):  # fmt: skip
+        config = BakedConfig(outputs, 2 * teams, 1, 4, 9, 4, teams=teams)
+        block = baked.make_baked_block(gather, "float32", config, LARGE_GPU)
+        assert (block is not None) == possible
+    # A warp more than the teams have room for.
+    config = BakedConfig(3, 5, 1, 4, 9, 4, teams=2)
+    assert baked.make_baked_block(gather, "float32", config, LARGE_GPU) is None
 
 
 def test_refusals_name_their_reason():
@@ -303,7 +323,7 @@ def test_the_shortlist_begins_with_the_choice_and_has_other_tiles():
     choice = baked_plan.choose_baked_block(gather, "float32", 500, LARGE_GPU)
     assert blocks[0].config == choice.block.config
     configs = [block.config for block in blocks]
-    tiles = {(one.outputs, one.tile_h, one.tile_w) for one in configs}
+    tiles = {(one.outputs, one.teams, one.tile_h, one.tile_w) for one in configs}
     assert len(tiles) == len(blocks) == 6
 
 
@@ -403,5 +423,5 @@ def test_the_choice_fits_the_gpu_and_covers_every_output():
         assert block.shared_mem_bytes <= LARGE_GPU.shared_mem_bytes
         assert config.outputs * block.group_parts >= problem.k
         strips = -(-config.tile_h // config.pixels) * config.tile_w
-        assert strips <= 32 * config.warps
+        assert strips <= 32 * config.team_warps
         assert config.chunk * block.chunks >= problem.c

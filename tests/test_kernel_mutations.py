@@ -176,6 +176,8 @@ HALF_VECTORS = make((2, 5, 9, 12), (3, 3, 12, 36))
 HALF_VECTORS_CONFIG = BakedConfig(36, 2, 1, 4, 9, 8, vectors=False)
 # Several parts, groups and phases, and tails everywhere.
 NUMBERS_CONFIG = BakedConfig(3, 2, 1, 3, 7, 2)
+# The same, two at a time.
+TEAMS_CONFIG = BakedConfig(3, 2, 1, 3, 7, 2, teams=2)
 # The same with several pixels a thread, which neighbouring lanes store.
 STRIPS_CONFIG = BakedConfig(4, 2, 1, 5, 7, 2, pixels=2)
 # More columns than are loaded at once, a prime number of them, and no padding.
@@ -192,7 +194,7 @@ SAMPLE = re.compile(r'#line 1 "baked_code\.cuh"\n.*?(?=#line)', re.DOTALL)
 def check_baked(text: str) -> None:
     for problem, config in (
         (VECTORS, VECTORS_CONFIG), (NHWC, NUMBERS_CONFIG), (NCHW, NUMBERS_CONFIG),
-        (NHWC, STRIPS_CONFIG), (WIDE, WIDE_CONFIG),
+        (NHWC, STRIPS_CONFIG), (WIDE, WIDE_CONFIG), (NHWC, TEAMS_CONFIG),
     ):  # fmt: skip
         data = make_data(problem, "float32", 0.8, whole=True)
         bias = data.bias if problem is not NCHW else data.bias[:, None, None]
@@ -362,7 +364,7 @@ MISTAKES = {
         # Which multiprocessor.
         (r"divide_on\(item\.part, LAYOUT\.by_sharers\)", "item.part"),
         (r"tile \* LAYOUT\.by_sharers\.divisor \+ first", "tile + first"),
-        (r"part >= LAYOUT\.parts \|\| first", "first"),
+        (r"part \* TEAMS >= LAYOUT\.parts \|\| first", "first"),
         (r"\|\| first >= a\.by_tiles\.divisor", ""),
         (r"divisor - 1 - first, LAYOUT", "divisor - first, LAYOUT"),
         (r"turns \* LAYOUT\.by_multiprocessors\.divisor", "a.items"),
@@ -372,7 +374,13 @@ MISTAKES = {
             "y * LAYOUT.row_pitch",
         ),
         (r"if \(!contains\(output, y, x\)\) return -1;", ""),
-        (r"item\.part \* LAYOUT\.chunks", "item.part"),
+        (r"part \* LAYOUT\.chunks", "part"),
+        # Whose part.
+        (r"item\.part \*= TEAMS;", ""),
+        (r"part = item\.part \+ find_team\(\)", "part = item.part"),
+        (r"find_part\(item\.part \+ find_team\(\)\)", "find_part(item.part)"),
+        (r"threadIdx\.x % TEAM_THREADS", "threadIdx.x"),
+        (r"threadIdx\.x / TEAM_THREADS", "0"),
         (r"if \(k >= part\.outputs\) break;", ""),
         (r"strip \* PIXELS \+ pixel", "strip * PIXELS"),
         (r"const int y = strip \* PIXELS;", "const int y = strip;"),
