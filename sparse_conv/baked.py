@@ -144,6 +144,7 @@ class Loading:
             a chunk.
         turns: Loads of one thread.
         unit: Channels that a thread loads at once.
+        lands: Whether they are copied to a place beside the tile and converted there.
         in_flight: Loads of one thread that pass through registers together; 0 where
             they are copies, all of which are on their way together.
     """
@@ -157,6 +158,7 @@ class Loading:
     channel_turns: int
     turns: int
     unit: int
+    lands: bool
     in_flight: int
 
     @property
@@ -181,7 +183,6 @@ class BakedBlock:
             of a block compute neighbouring ones, of the same group.
         group_parts: Parts of one group.
         multiprocessors: Those of the GPU.
-        most_blocks: Blocks that it can hold at a time.
         buffers: Tiles in shared memory: 2 if the next one is loaded meanwhile.
         stage: Where outputs are staged, in bytes behind the items.
         landing: Where numbers that are to be converted land; the same.
@@ -196,11 +197,15 @@ class BakedBlock:
     parts: int
     group_parts: int
     multiprocessors: int
-    most_blocks: int
     buffers: int
     stage: int
     landing: int
     shared_mem_bytes: int
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks that the GPU can hold at a time."""
+        return self.config.resident * self.multiprocessors
 
 
 def make_baked_block(
@@ -213,10 +218,10 @@ def make_baked_block(
     group_parts = -(-(gather.out_channels // gather.groups) // config.outputs)
     parts = gather.h.row_sets * gather.w.row_sets * gather.groups * group_parts
     items = parts // config.teams * tiling.subtiles
-    most_blocks = config.resident * device.multiprocessors
     loading = _make_loading(gather, dtype, config, tile, chunks)
     staged = config.warps * WARP * _stage_pitch(gather, dtype) * PACKS[dtype][1]
     landed = _landed_bytes(dtype, config, loading)
+    most_blocks = config.resident * device.multiprocessors
     room = device.shared_mem_bytes + RESERVED_BYTES
     room = room // config.resident - RESERVED_BYTES - ITEMS * ITEM_BYTES
     room -= staged + landed
@@ -246,7 +251,6 @@ def make_baked_block(
         parts,
         group_parts,
         device.multiprocessors,
-        most_blocks,
         buffers,
         stage,
         landing,
@@ -284,7 +288,10 @@ def _make_loading(
     units = config.chunk // unit if gather.data_format == "NHWC" else 1
     column_threads = min(units, threads)
     channel_turns = -(-config.chunk // (column_threads * unit))
-    in_flight = _in_flight(dtype, config, chunks, unit)
+    lands = dtype in CONVERTED and unit > 1
+    in_flight = 0
+    if dtype in CONVERTED and not lands:
+        in_flight = _in_flight(config, chunks)
     possible = []
     for wanted_turns in range(1, min(tile.columns, 8) + 1):
         columns = -(-tile.columns // wanted_turns)
@@ -297,21 +304,21 @@ def _make_loading(
         turns = row_turns * column_turns * gather.w.stride * channel_turns
         loading = Loading(
             row_threads, column_threads, rows, columns, row_turns, column_turns,
-            channel_turns, turns, unit, min(row_turns, in_flight),
+            channel_turns, turns, unit, lands, min(row_turns, in_flight),
         )  # fmt: skip
         possible.append(loading)
     return min(possible, key=_loading_cost)
 
 
 def _loading_cost(loading: Loading) -> tuple[int, int]:
-    if loading.in_flight or loading.unit <= 4:
-        return loading.waits, loading.turns
-    return 0, loading.turns + loading.turns // loading.row_turns
+    if loading.lands:
+        return 0, loading.turns + loading.turns // loading.row_turns
+    return loading.waits, loading.turns
 
 
 def _landed_bytes(dtype: str, config: BakedConfig, loading: Loading) -> int:
     """What all threads load of a tile, where it is converted after that."""
-    if dtype not in CONVERTED or loading.unit == 1:
+    if not loading.lands:
         return 0
     return loading.turns * config.warps * WARP * loading.unit * stored_bytes(dtype)
 
@@ -702,24 +709,19 @@ def _defines(
         ("MANY_CHUNKS", str(int(block.chunks > 1))),
         ("BUFFERED", str(int(block.buffers > 1))),
         ("LOAD_VECTORS", str(int(block.tile.vector > 1))),
-        *_loading_defines(dtype, block),
+        *_loading_defines(block.loading),
         ("CHANNELS_LAST", str(int(data_format == "NHWC"))),
     )
 
 
-def _loading_defines(dtype: str, block: BakedBlock) -> tuple[tuple[str, str], ...]:
-    if dtype not in CONVERTED:
-        return ()
-    loading = block.loading
-    if not loading.in_flight:
+def _loading_defines(loading: Loading) -> tuple[tuple[str, str], ...]:
+    if loading.lands:
         return (("UNIT", str(loading.unit)),)
-    return (("IN_FLIGHT", str(loading.in_flight)),)
+    return (("IN_FLIGHT", str(loading.in_flight)),) if loading.in_flight else ()
 
 
-def _in_flight(dtype: str, config: BakedConfig, chunks: int, unit: int) -> int:
-    """Loads of a thread that may pass through registers together; 0 for copies."""
-    if dtype not in CONVERTED or unit > 1:
-        return 0
+def _in_flight(config: BakedConfig, chunks: int) -> int:
+    """Loads of a thread that may pass through registers together."""
     room = _registers(config) - _LOADING_REGISTERS
     if chunks > 1:
         # From the second chunk on, the sums are there, too.

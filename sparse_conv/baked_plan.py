@@ -16,6 +16,7 @@ from sparse_conv.baked import (
     REGISTERS,
     BakedBlock,
     BakedConfig,
+    Loading,
     count_functions,
     has_vectors,
     make_baked_block,
@@ -369,7 +370,7 @@ def _function_clocks(
     code = (products + loads) * _INSTRUCTION * config.teams
     fetching = _fetch_clocks(code, kinds, tiles, resident, block)
     computing = _overlapped(computing, fetching, _UNHIDDEN_FETCHES)
-    computing += rounds * block.chunks * (_CHUNK_CLOCKS + _wait_clocks(dtype, block))
+    computing += rounds * block.chunks * (_CHUNK_CLOCKS + _wait_clocks(block.loading))
     if block.buffers == 1 and block.chunks * tiles > 1:
         # Without other blocks, nothing goes on while a tile is loaded.
         alone = block.tile.nbytes / _MEMORY_RATE if resident == 1 else 0.0
@@ -386,12 +387,10 @@ def _load_instructions(dtype: str, block: BakedBlock) -> float:
     return _CONVERTED_LOAD_INSTRUCTIONS + _CONVERTED_INSTRUCTIONS * block.loading.unit
 
 
-def _wait_clocks(dtype: str, block: BakedBlock) -> float:
-    if dtype not in CONVERTED:
-        return 0.0
-    if block.loading.in_flight:
-        return _WAIT_CLOCKS * block.loading.waits
-    return _CONVERTED_CLOCKS
+def _wait_clocks(loading: Loading) -> float:
+    if loading.lands:
+        return _CONVERTED_CLOCKS
+    return _WAIT_CLOCKS * loading.waits if loading.in_flight else 0.0
 
 
 def _loads(gather: Gather, products: float, block: BakedBlock) -> float:

@@ -26,9 +26,7 @@ PASSES = ("fprop", "dgrad", "wgrad")
 # By how much ours has to be predicted faster than TensorFlow's convolution to be taken,
 # for each kind of place: about what the models are wrong by, so that few calls lose
 # against it. cuDNN chooses among algorithms, which no model of a few sizes foresees.
-MARGINS = {"CPU": 1.1, "GPU": 1.2}
-# And by how many microseconds: the models are off by more than a part of short times.
-SLACKS = {"CPU": 0.0, "GPU": 1.3}
+MARGINS = {"CPU": 1.1, "GPU": 1.08}
 
 _UNCOUNTED = (
     "nobody counted the zeros of the dense kernel, which would make the host wait for "
@@ -109,8 +107,6 @@ def choose(
         kind = question.place.kind
         best = min(possible, key=lambda one: _counted(one, kind))
         reason = f"the shortest time predicted, dense favoured by {MARGINS[kind]:g}"
-        if SLACKS[kind]:
-            reason += f" and {SLACKS[kind]:g} us"
     else:
         best = min(possible, key=lambda one: one.microseconds)
         reason = "the shortest time measured"
@@ -133,7 +129,7 @@ def favoured(microseconds: float, kind: str) -> float:
     Returns:
         A shorter time, in microseconds.
     """
-    return min(microseconds / MARGINS[kind], microseconds - SLACKS[kind])
+    return microseconds / MARGINS[kind]
 
 
 def estimates(

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 import sparse_conv
 from sparse_conv import backends, costs, dense, explanation
 from sparse_conv.bridge import HOST, gpu_place, place_of
-from sparse_conv.choice import MARGINS, PASSES, SLACKS, Question, choose, favoured
+from sparse_conv.choice import MARGINS, PASSES, Question, choose, favoured
 from sparse_conv.convolution import Convolution
 from sparse_conv.costs import Estimate, Machine
 from sparse_conv.problem import make_problem, normalize_geometry
@@ -386,10 +386,9 @@ def test_ours_must_be_faster_by_more_than_the_models_are_wrong():
     assert choose(question(), nearly, "auto", measured).algorithm == "generic"
 
 
-def test_short_times_on_a_gpu_must_be_shorter_by_more_than_a_part():
-    for kind, time in (("CPU", 5.0), ("CPU", 50.0), ("GPU", 50.0)):
-        assert favoured(time, kind) == time / MARGINS[kind]
-    assert favoured(5.0, "GPU") == 5.0 - SLACKS["GPU"] < 5.0 / MARGINS["GPU"]
+@pytest.mark.parametrize("kind", ["CPU", "GPU"])
+def test_dense_is_favoured_by_a_margin(kind):
+    assert favoured(50.0, kind) == 50.0 / MARGINS[kind] < 50.0
 
 
 @pytest.mark.parametrize("algorithm", ["generic", "baked", "dense"])
