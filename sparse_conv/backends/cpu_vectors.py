@@ -97,10 +97,11 @@ class _Vectors:
         address = self.builder.gep(pointer, [_INT64(number)])
         self.builder.store(value, address, align=VECTOR_BYTES)
 
-    def load_block(self, pointer: _Value, number: int, lane: int) -> _Value:
+    def load_block(self, pointer: _Value, number: int, lane: _Value) -> _Value:
         """The lanes of a cell from `lane` on that make up one block."""
         pointer = self.builder.bitcast(pointer, self.scalar.as_pointer())
-        address = self.builder.gep(pointer, [_INT64(number * self.lanes + lane)])
+        place = self.builder.add(lane, _INT64(number * self.lanes))
+        address = self.builder.gep(pointer, [place])
         kind = ir.VectorType(self.scalar, self.block_lanes)
         address = self.builder.bitcast(address, kind.as_pointer())
         return self.builder.load(address, align=_BLOCK_BYTES)
@@ -656,10 +657,10 @@ class _Lanes:
         self.starts = starts
         self.absent = absent
 
-    def pointer(self, lane: int) -> _Value:
+    def pointer(self, lane: _Value) -> _Value:
         """Pointer to the lane's piece, `absent` where its start is negative."""
         builder = self.vectors.builder
-        start = builder.load(builder.gep(self.starts, [_INT64(lane)]))
+        start = builder.load(builder.gep(self.starts, [lane]))
         missing = builder.icmp_signed("<", start, _INT64(0))
         pointer = builder.gep(self.data, [start])
         pointer = builder.select(missing, self.absent, pointer)
@@ -669,7 +670,7 @@ class _Lanes:
 def _load_rows(lanes: _Lanes, count: _Value) -> list[_Value]:
     """`count` numbers of each lane, and zeros up to a whole vector."""
     vectors, builder = lanes.vectors, lanes.vectors.builder
-    pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
+    pointers = [lanes.pointer(_INT64(lane)) for lane in range(vectors.lanes)]
     whole, part, after = (
         builder.append_basic_block(name) for name in ("whole", "part", "loaded")
     )
@@ -695,7 +696,7 @@ def _load_rows(lanes: _Lanes, count: _Value) -> list[_Value]:
 def _store_rows(lanes: _Lanes, rows: list[_Value], count: _Value) -> None:
     """Stores the first `count` numbers of each row to the lane's memory."""
     vectors, builder = lanes.vectors, lanes.vectors.builder
-    pointers = [lanes.pointer(lane) for lane in range(vectors.lanes)]
+    pointers = [lanes.pointer(_INT64(lane)) for lane in range(vectors.lanes)]
     whole, part, after = (
         builder.append_basic_block(name) for name in ("whole", "part", "stored")
     )
@@ -844,8 +845,7 @@ def write_squares(
     builder.cbranch(streaming, stream, store)
     for block, is_streaming in ((stream, True), (store, False)):
         builder.position_at_end(block)
-        for lane in range(0, vectors.lanes, vectors.block_lanes):
-            squares.write(lane, streaming=is_streaming)
+        squares.write(streaming=is_streaming)
         builder.branch(done)
     builder.position_at_end(done)
 
@@ -867,7 +867,19 @@ class _Squares:
         self.shift = shift
         self.waste = waste
 
-    def write(self, lane: int, *, streaming: bool) -> None:
+    def write(self, *, streaming: bool) -> None:
+        """Writes all lanes, a block of them at a time."""
+        vectors = self.vectors
+
+        def body(number, _):
+            lane = vectors.builder.mul(number, _INT64(vectors.block_lanes))
+            self._write_block(lane, streaming=streaming)
+            return []
+
+        blocks = _INT64(vectors.lanes // vectors.block_lanes)
+        _loop(vectors.builder, _INT64(0), blocks, [], body)
+
+    def _write_block(self, lane: _Value, *, streaming: bool) -> None:
         """Writes one block of lanes, from `lane` on, of all squares."""
         builder, none = self.vectors.builder, _INT64(0)
 
@@ -914,7 +926,7 @@ class _Squares:
         return builder.add(place, step), position
 
     def _write_in_turns(
-        self, squares: Sequence[tuple[_Value, _Value]], lane: int, *, streaming: bool
+        self, squares: Sequence[tuple[_Value, _Value]], lane: _Value, *, streaming: bool
     ) -> None:
         """Writes one block of lanes of some squares, given by number and place."""
         vectors, builder = self.vectors, self.vectors.builder
@@ -930,14 +942,14 @@ class _Squares:
         rows = [_block_of_lanes(vectors, square, lane) for square in cells]
         for i in range(vectors.block_lanes):
             for row, piece in zip(rows, pieces, strict=True):
-                pointer = piece.pointer(lane + i)
+                pointer = piece.pointer(builder.add(lane, _INT64(i)))
                 if streaming:
                     vectors.stream_store(row[i], pointer)
                 else:
                     builder.store(row[i], pointer, align=vectors.itemsize)
 
 
-def _block_of_lanes(vectors: _Vectors, cells: _Value, lane: int) -> list[_Value]:
+def _block_of_lanes(vectors: _Vectors, cells: _Value, lane: _Value) -> list[_Value]:
     """What the lanes of a block, from `lane` on, get of a square: a vector for each.
 
     Blocks are loaded to where they belong, so that only their insides are left to
