@@ -165,11 +165,12 @@ def choose_baked_block(
 def described(block: BakedBlock, nnz: int) -> str:
     """A configuration in words."""
     config = block.config
-    return (
+    text = (
         f"code for {nnz} weights: tiles of {config.tile_h}x{config.tile_w} outputs, "
         f"{config.outputs} output channels of {config.pixels} pixel(s) a thread, "
         f"{config.chunk} input channels at a time"
     )
+    return f"{text}, for {config.teams} teams" if config.teams > 1 else text
 
 
 def shortlist(
