@@ -84,12 +84,17 @@ class Effort:
 
 
 def in_turns(samplers: Mapping[str, Sampler], effort: Effort) -> dict[str, Quartiles]:
-    """Samples all contenders in turns until each has had its share of time."""
+    """Samples all contenders in turns until each has had its share of time.
+
+    Every other turn goes backwards, so that none always follows the same one: what a
+    slow contender leaves behind, cold caches and a core asleep, would count against it.
+    """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     spent = dict.fromkeys(samplers, 0.0)
     waiting = set(samplers)
+    order = list(samplers)
     while waiting:
-        for name in [name for name in samplers if name in waiting]:
+        for name in [name for name in order if name in waiting]:
             begin = time.perf_counter()
             samples[name].append(samplers[name].sample())
             spent[name] += time.perf_counter() - begin
@@ -97,6 +102,7 @@ def in_turns(samplers: Mapping[str, Sampler], effort: Effort) -> dict[str, Quart
             enough = spent[name] >= effort.seconds and taken >= effort.fewest
             if enough or taken >= effort.most:
                 waiting.remove(name)
+        order.reverse()
     return {
         name: Quartiles.of(samples[name], samplers[name].calls) for name in samplers
     }
