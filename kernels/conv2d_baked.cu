@@ -2,11 +2,11 @@
 //
 // Every thread computes OUTPUTS channels of PIXELS pixels, one above the other, and the
 // threads of a team a tile of them; other teams of a block compute other channels of the
-// same tile. For each input that a thread reads, there is one instruction for each nonzero weight of that input and
-// pixel, with the weight as its immediate operand: nothing is decoded and no zero is
-// visited. The instructions are generated (see baked_code.cuh), and so are the numbers of
-// LAYOUT; this text is what surrounds them: it brings tiles of the input into shared
-// memory, a chunk of channels ahead of the computation, and stores.
+// same tile. For each input that a thread reads, there is one instruction for each nonzero
+// weight of that input and pixel, with the weight as its immediate operand: nothing is
+// decoded and no zero is visited. The instructions are generated (see baked_code.cuh), and
+// so are the numbers of LAYOUT; this text is what surrounds them: it brings tiles of the
+// input into shared memory, a chunk of channels ahead of the computation, and stores.
 //
 // A block stays and takes one tile after the other, so that the next tile is on its way
 // and the last outputs are on theirs while it computes. One warp more than compute finds
@@ -220,8 +220,8 @@ struct Part {
     int outputs;
 };
 
-// What a block's threads share about one item: a tile of one part for each team. It lies in shared
-// memory, from where it is read again when it is needed: the sums take nearly all
+// What a block's threads share about one item: a tile of one part for each team. It lies in
+// shared memory, from where it is read again when it is needed: the sums take nearly all
 // registers.
 struct Item {
     Window input;

@@ -222,8 +222,7 @@ def compile_function(name: str, dtype: str) -> Object:
 @_inner
 def _gather(
     plan, number, outer_origins, inner_origins, image_rows, places, offsets, values,
-    splits, lengths, read, write, bias, activation, streaming, starts, head,
-    planes,
+    splits, lengths, read, write, bias, activation, streaming, starts, head, planes,
 ):  # fmt: skip
     task = _decode(plan, number)
     task_channels = (task.group_end - task.group_begin) * plan.group_channels

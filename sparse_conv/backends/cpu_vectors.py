@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
@@ -465,16 +466,14 @@ def sum_products(
     _for_each_size(builder, size, emit)
 
 
+@dataclass(frozen=True, slots=True)
 class _EntryStream:
     """Entries of sparse rows, and what they read relative to one origin."""
 
-    def __init__(
-        self, vectors: _Vectors, origin: _Value, offsets: _Value, values: _Value
-    ):
-        self.vectors = vectors
-        self.origin = origin
-        self.offsets = offsets
-        self.values = values
+    vectors: _Vectors
+    origin: _Value
+    offsets: _Value
+    values: _Value
 
     def products(self, begin: _Value, end: _Value, cells: int) -> list[_Value]:
         """The sums of the products of the entries from `begin` to `end`."""
@@ -491,19 +490,16 @@ class _EntryStream:
         return _loop(builder, begin, end, [vectors.zero()] * cells, body)
 
 
+@dataclass(frozen=True, slots=True)
 class _Rows:
     """Where one block of each sparse row begins, ends, and is cut into chains."""
 
-    def __init__(
-        self, vectors: _Vectors, splits: _Value, lengths: _Value, blocks: _Value,
-        row: _Value, block: _Value,
-    ):  # fmt: skip
-        self.vectors = vectors
-        self.splits = splits
-        self.lengths = lengths
-        self.blocks = blocks
-        self.row = row
-        self.block = block
+    vectors: _Vectors
+    splits: _Value
+    lengths: _Value
+    blocks: _Value
+    row: _Value
+    block: _Value
 
     def bounds(self, output: _Value) -> tuple[_Value, _Value, _Value]:
         """The first entry, one past the last, and the length of a chain."""
@@ -850,22 +846,19 @@ def write_squares(
     builder.position_at_end(done)
 
 
+@dataclass(frozen=True, slots=True)
 class _Squares:
     """Squares of cells and where they go; see `write_squares`."""
 
-    def __init__(
-        self, vectors: _Vectors, source: _Value, squares: _Value, run: _Value,
-        pace: _Value, target: _Value, starts: _Value, shift: _Value, waste: _Value,
-    ):  # fmt: skip
-        self.vectors = vectors
-        self.source = source
-        self.squares = squares
-        self.run = run
-        self.pace = pace
-        self.target = target
-        self.starts = starts
-        self.shift = shift
-        self.waste = waste
+    vectors: _Vectors
+    source: _Value
+    squares: _Value
+    run: _Value
+    pace: _Value
+    target: _Value
+    starts: _Value
+    shift: _Value
+    waste: _Value
 
     def write(self, *, streaming: bool) -> None:
         """Writes all lanes, a block of them at a time."""
