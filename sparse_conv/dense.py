@@ -8,7 +8,6 @@ used.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import weakref
@@ -134,12 +133,12 @@ def fprop(
     """The forward pass on eager tensors; see `sparse_conv.backends` for what it is."""
     del dtype
     compute = _fprop_operation(problem, activation, shape)
+    kernel_of = _kernels(pattern, place)
 
     def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        with _at(place):
-            return compute(x, kernel_of(w, pattern, place), bias)
+        return compute(x, kernel_of(w), bias)
 
-    return run
+    return _at(place, run)
 
 
 def dgrad(
@@ -153,12 +152,12 @@ def dgrad(
     """The gradient to the input on eager tensors."""
     del dtype
     compute = _dgrad_operation(problem, shape)
+    kernel_of = _kernels(pattern, place)
 
     def run(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
-        with _at(place):
-            return compute(dy, kernel_of(w, pattern, place))
+        return compute(dy, kernel_of(w))
 
-    return run
+    return _at(place, run)
 
 
 def wgrad(
@@ -169,11 +168,10 @@ def wgrad(
     compute = _wgrad_operation(problem)
 
     def run(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-        with _at(place):
-            dw = compute(x, dy)
-            return dw if pattern is None else _at_nonzeros(dw, pattern, place)
+        dw = compute(x, dy)
+        return dw if pattern is None else _at_nonzeros(dw, pattern, place)
 
-    return run
+    return _at(place, run)
 
 
 def graph_fprop(
@@ -235,24 +233,35 @@ def convolve(
     return _finished(y, bias, activation, geometry.data_format)
 
 
-def _at(place: Place) -> contextlib.AbstractContextManager:
-    """TensorFlow's device scope, which takes 10 us; none where there is one device."""
-    return tf.device(place.device) if _has_gpus() else contextlib.nullcontext()
+def _at(place: Place, run: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    """`run` in the scope of a device, which takes 10 us and is not needed with one."""
+    if not tf.config.list_logical_devices("GPU"):
+        return run
 
+    def scoped(*operands: tf.Tensor) -> tf.Tensor:
+        with tf.device(place.device):
+            return run(*operands)
 
-@functools.cache
-def _has_gpus() -> bool:
-    return bool(tf.config.list_logical_devices("GPU"))
+    return scoped
 
 
 def kernel_of(w: tf.Tensor, pattern: Pattern | None, place: Place) -> tf.Tensor:
     """The dense kernel of an eager operand `w`, made once for each tensor of values."""
+    return _kernels(pattern, place)(w)
+
+
+def _kernels(pattern: Pattern | None, place: Place) -> Callable[[tf.Tensor], tf.Tensor]:
+    """`kernel_of` for one pattern and place."""
     if pattern is None:
-        return w
+        return lambda w: w
     # One tensor may hold the values of several patterns.
     key = ("dense", weakref.ref(pattern), place)
-    # A copy, since TensorFlow may scatter on another device than it was asked to.
-    return cached(w, key, lambda: tf.identity(_scatter(w, pattern, place)))
+
+    def kernel_of(w: tf.Tensor) -> tf.Tensor:
+        # A copy, since TensorFlow may scatter on another device than it was asked to.
+        return cached(w, key, lambda: tf.identity(_scatter(w, pattern, place)))
+
+    return kernel_of
 
 
 def _graph_kernel(w: tf.Tensor, pattern: Pattern | None, place: Place) -> tf.Tensor:

@@ -7,7 +7,7 @@ what a back end does.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +26,7 @@ from sparse_conv.convolution import (
 )
 from sparse_conv.memo import Memo
 from sparse_conv.tensor_cache import cached
-from sparse_conv.tf_internals import shape_of, tensor_float_32_enabled
+from sparse_conv.tf_internals import shape_of, signature_of, tensor_float_32_enabled
 
 
 def fprop(
@@ -40,7 +40,7 @@ def fprop(
     operands = (x, w) if bias is None else (x, w, bias)
     # Which algorithm is the cheapest depends on TensorFlow's precision.
     tf32 = tensor_float_32_enabled()
-    key = (activation.code, tf32, *map(_signature, operands))
+    key = (activation.code, tf32, *map(signature_of, operands))
     run = convolution.remembered(
         key, lambda: _build_fprop(convolution, operands, activation)
     )
@@ -52,7 +52,7 @@ def dgrad(
 ) -> tf.Tensor:
     """The gradient to the input; see `autodiff.dgrad` for the arguments."""
     tf32 = tensor_float_32_enabled()
-    key = ("dgrad", tf32, input_shape, _signature(dy), _signature(w))
+    key = ("dgrad", tf32, input_shape, signature_of(dy), signature_of(w))
     run = convolution.remembered(
         key, lambda: _build_dgrad(convolution, input_shape, (dy, w))
     )
@@ -64,16 +64,11 @@ def wgrad(
 ) -> tf.Tensor:
     """The gradient to the kernel; see `autodiff.wgrad` for the arguments."""
     tf32 = tensor_float_32_enabled()
-    key = ("wgrad", tf32, kernel_shape, _signature(x), _signature(dy))
+    key = ("wgrad", tf32, kernel_shape, signature_of(x), signature_of(dy))
     run = convolution.remembered(
         key, lambda: _build_wgrad(convolution, kernel_shape, (x, dy))
     )
     return run(x, dy)
-
-
-def _signature(tensor: tf.Tensor) -> Hashable:
-    """What decides how an eager operand is treated."""
-    return (shape_of(tensor), tensor.dtype, tensor.backing_device)
 
 
 def _build_fprop(

@@ -84,11 +84,12 @@ def conv2d(
     geometry = geometry_of(strides, padding, data_format, dilations)
     epilogue = activations.get(activation)
     x = _tensor("input", input, None)
-    pattern, w = _kernel_operand(filters, x)
+    eager = tf.executing_eagerly()
+    pattern, w = _kernel_operand(filters, x, eager)
     bias = None if bias is None else _tensor("bias", bias, x)
     fused = epilogue if isinstance(epilogue, Activation) else activations.LINEAR
     convolution = convolution_of(geometry, filters, pattern, backend, algorithm)
-    if tf.executing_eagerly():
+    if eager:
         y = autodiff.fprop(convolution, x, w, bias, fused)
     else:
         with tf.name_scope(name or "sparse_conv2d"):
@@ -152,10 +153,12 @@ def _dense_convolution(
     return Convolution(geometry, None, backend, algorithm)
 
 
-def _kernel_operand(filters: Any, x: tf.Tensor) -> tuple[Pattern | None, tf.Tensor]:
+def _kernel_operand(
+    filters: Any, x: tf.Tensor, eager: bool
+) -> tuple[Pattern | None, tf.Tensor]:
     """The pattern, None for a dense kernel, and the operand of the passes."""
     if isinstance(filters, SparseKernel):
-        if not tf.executing_eagerly():
+        if not eager:
             return filters.pattern, filters.graph_values()
         w = filters.values
         return filters.pattern, (

@@ -28,6 +28,9 @@ def cached(tensor: tf.Tensor, key: Hashable, build: Callable[[], Any]) -> Any:
 
 def _derived(tensor: tf.Tensor) -> dict[Hashable, Any]:
     identity = id(tensor)
+    entry = _entries.get(identity)
+    if entry is not None and entry[0]() is tensor:
+        return entry[1]
     with _lock:
         entry = _entries.get(identity)
         if entry is None or entry[0]() is not tensor:

@@ -5,6 +5,8 @@ Each name says why the public API does not serve. Knows nothing of convolutions.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import tensorflow as tf
 from tensorflow.python.autograph.impl import api as _autograph
 from tensorflow.python.eager import forwardprop_util as _forwardprop
@@ -45,6 +47,14 @@ def needs_gradient(tensor: tf.Tensor) -> bool:
 def shape_of(tensor: tf.Tensor) -> tuple[int, ...]:
     """The shape of an eager tensor; ten times as fast as `tuple(tensor.shape)`."""
     return tensor._shape_tuple()
+
+
+def signature_of(tensor: tf.Tensor) -> Hashable:
+    """What decides how an eager tensor is treated: its shape, dtype and device.
+
+    The hash of a DType alone takes longer than all of this.
+    """
+    return tensor._shape_tuple(), tensor._datatype_enum(), tensor.backing_device
 
 
 def in_xla_context() -> bool:
