@@ -24,6 +24,9 @@ from sparse_conv.streams import wait_for_devices
 # left behind: cold caches, or a core that has to wake.
 SAMPLE_S = 20e-3
 MOST_CALLS = 20
+# Where the middle half of the samples is wider than this part of their median, a
+# neighbour was on the machine.
+WIDE_SPREAD = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,11 @@ class Quartiles:
         """The quartiles of `samples`, each the mean of `calls` calls."""
         q1, median, q3 = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
         return cls(q1, median, q3, len(samples), calls)
+
+    @property
+    def spread(self) -> float:
+        """How wide the middle half of the samples is, as a part of the median."""
+        return (self.q3 - self.q1) / self.median
 
     def as_dict(self) -> dict[str, float]:
         """What the results keep."""
@@ -76,14 +84,39 @@ class Effort:
         seconds: After so long a contender is not sampled again.
         fewest: Except to have so many samples.
         most: It is never sampled more often.
+        tries: All contenders are sampled anew while times are spread widely; so often
+            at most.
     """
 
     seconds: float
     fewest: int = 3
     most: int = 101
+    tries: int = 1
 
 
 def in_turns(samplers: Mapping[str, Sampler], effort: Effort) -> dict[str, Quartiles]:
+    """Samples all contenders in turns, anew while their times are spread widely.
+
+    Args:
+        samplers: How each contender is sampled, by name.
+        effort: How long, and how often anew.
+
+    Returns:
+        Of the tries, the one in which the widest spread is the smallest.
+    """
+    tries = []
+    for _ in range(effort.tries):
+        tries.append(_one_try(samplers, effort))
+        if _widest(tries[-1]) <= WIDE_SPREAD:
+            break
+    return min(tries, key=_widest)
+
+
+def _widest(times: Mapping[str, Quartiles]) -> float:
+    return max((quartiles.spread for quartiles in times.values()), default=0.0)
+
+
+def _one_try(samplers: Mapping[str, Sampler], effort: Effort) -> dict[str, Quartiles]:
     """Samples all contenders in turns until each has had its share of time.
 
     Every other turn goes backwards, so that none always follows the same one: what a

@@ -473,6 +473,18 @@ def test_quartiles_and_turns():
     assert order == list("abbaab")
 
 
+@pytest.mark.parametrize(
+    ("times", "tries", "kept"),
+    [([1, 3, 9, 5, 5, 5, 1, 1, 1], 3, 5.0), ([1, 3, 9, 1, 2, 3], 2, 2.0),
+     ([1, 3, 9, 1, 2, 3], 1, 3.0)],
+)  # fmt: skip
+def test_widely_spread_times_are_taken_anew(times, tries, kept):
+    source = iter(times)
+    samplers = {"a": timing.Sampler(lambda: float(next(source)), 1)}
+    found = timing.in_turns(samplers, timing.Effort(0.0, fewest=3, tries=tries))
+    assert found["a"].median == kept
+
+
 def test_a_ring_keeps_the_last_outputs():
     ring = timing.Ring(2)
     for number in range(5):

@@ -35,8 +35,9 @@ WINDOW_BYTES = 28 * 1024
 # Products that are summed by themselves before they join the rest, at most. In one
 # long chain the error of float32 would exceed that of TensorFlow's own convolution.
 CHAIN_ENTRIES = 20
-# Blocks of channels are summed one after the other, so there must not be many either.
-MAX_BLOCKS = 12
+# Blocks of channels are summed one after the other, so there must not be many more. Of
+# 512 channels and 3x3 taps, twelfths don't fit a core's first cache; these do.
+MAX_BLOCKS = 36
 # Outputs of this size are written past the caches.
 STREAMED_BYTES = 8 * 2**20
 # Output channels that are summed, and written, together, if there are as many.
