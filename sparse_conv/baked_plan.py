@@ -43,72 +43,72 @@ _MOST_PIXEL_PRODUCTS = 6000
 
 # The numbers below were fitted to 2,830 launches of 112 kernels, nearly all on an H200.
 # What the model takes for them was 4 % slower than the best configuration tried, in the
-# mean, and at most 37 %.
+# mean, and at most 29 %.
 
 # Bytes of an instruction.
 _INSTRUCTION = 16
 # Code that fits is executed from a multiprocessor's own instruction cache; more comes
 # from the next one, which serves two of them, and what doesn't fit there from far, so
 # many bytes a clock for 16 resident warps. More warps have more fetches on the way.
-_CACHED_BYTES = 22 * 1024
-_NEXT_CACHED_BYTES = 134 * 1024
+_CACHED_BYTES = 21 * 1024
+_NEXT_CACHED_BYTES = 133 * 1024
 _NEXT_SHARERS = 2
-_NEXT_RATE = 12.77
-_FAR_RATE = 5.315
+_NEXT_RATE = 13.03
+_FAR_RATE = 5.63
 _FETCH_WARPS = 16
-_FETCH_POWER = 0.389
-# A kernel with more code than this, in all, takes longer by a power of how much more it
-# is: 11x11, 32 to 64 channels, density 0.2, took 350 to 392 us where 295 were expected.
-_CROWDED_BYTES = 600 * 1024
-_CROWDED_POWER = 1.2
+_FETCH_POWER = 0.449
+# A team with more code than this takes longer by a power of how much more it is: 11x11,
+# 32 to 64 channels, density 0.2, took 350 to 392 us where 295 were expected.
+_CROWDED_BYTES = 320 * 1024
+_CROWDED_POWER = 1.0
 # The same for code that is met for the first time, and for all parts together, which
 # neighbouring multiprocessors fetch through the same door.
-_FIRST_RATE = 15.1
-_DOOR_RATE = 67.04
+_FIRST_RATE = 27.52
+_DOOR_RATE = 69.53
 _DOORS = 8
 # The code of all parts together that a GPU keeps from one launch to the next. If there
-# is more, each block fetches all its code from far, so many bytes a clock.
-_KEPT_BYTES = 302 * 1024
-_LOST_RATE = 2.957
+# is more, each block fetches all its code from far, so many bytes a clock for 16 warps.
+_KEPT_BYTES = 313 * 1024
+_LOST_RATE = 4.629
 # The warps of a block that walk together; others have to be served by themselves.
 _TOGETHER = 8
 # Part of the peak that arithmetic reaches.
-_EFFICIENCY = 0.969
+_EFFICIENCY = 0.97
 # Instructions of a warp for each tile, and for each load.
-_TILE_INSTRUCTIONS = 157
-_LOAD_INSTRUCTIONS = 0.377
+_TILE_INSTRUCTIONS = 104
+_LOAD_INSTRUCTIONS = 0.355
 # Clocks for which a load of a warp, and the store that goes with it, keep shared memory
 # busy.
-_COPY_CLOCKS = 2.798
+_COPY_CLOCKS = 2.755
 # Numbers that are converted: instructions of a warp for each load and each of its
 # numbers, and the clocks of a chunk in which nothing else is done, for each time that
 # loads are waited for.
-_CONVERTED_LOAD_INSTRUCTIONS = 8.806
-_CONVERTED_INSTRUCTIONS = 2.671
-_CONVERTED_CLOCKS = 544
-_WAIT_CLOCKS = 604
+_CONVERTED_LOAD_INSTRUCTIONS = 11.29
+_CONVERTED_INSTRUCTIONS = 3.077
+_CONVERTED_CLOCKS = 606
+_WAIT_CLOCKS = 483
 # Clocks of an instruction of a warp that is by itself.
-_ALONE = 1.581
+_ALONE = 1.626
 # Clocks of a launch with its first and its last steps.
-_LAUNCH_CLOCKS = 2289
+_LAUNCH_CLOCKS = 2756
 # Clocks that a chunk takes beside its computation: a barrier, and the wait for loads.
-_CHUNK_CLOCKS = 561
+_CHUNK_CLOCKS = 551
 # The same where a tile is loaded only after the last one has served.
-_UNBUFFERED_CLOCKS = 177
+_UNBUFFERED_CLOCKS = 142
 # Bytes of memory a clock, of one multiprocessor, and how much longer the first tile
 # takes, for which all wait at once.
-_MEMORY_RATE = 20.37
-_FIRST_TILE = 0.777
+_MEMORY_RATE = 18.93
+_FIRST_TILE = 0.189
 # What reading the input again for another part costs.
-_REREAD = 0.519
+_REREAD = 0.457
 # The part of the shorter of two times that the longer one can't hide: of arithmetic and
 # loads from shared memory, of both and of fetching code, and of computation and memory,
 # with one block, two or more.
-_UNHIDDEN_LOADS = 0.157
-_UNHIDDEN_FETCHES = 0.082
-_UNHIDDEN_ALONE = 1.024
-_UNHIDDEN = 0.752
-_UNHIDDEN_BLOCKS = 0.656
+_UNHIDDEN_LOADS = 0.166
+_UNHIDDEN_FETCHES = 0.076
+_UNHIDDEN_ALONE = 1.012
+_UNHIDDEN = 0.728
+_UNHIDDEN_BLOCKS = 0.624
 # What tiles take that are higher than wide: they read and write shorter pieces of
 # memory.
 _TALL = 1.01
@@ -376,7 +376,7 @@ def _function_clocks(
     fetching = _fetch_clocks(code, kinds, tiles, resident, block)
     computing = _overlapped(computing, fetching, _UNHIDDEN_FETCHES)
     if _is_far(code, kinds, resident):
-        crowd = nnz * config.pixels * _INSTRUCTION / _CROWDED_BYTES
+        crowd = code / config.teams / _CROWDED_BYTES
         computing *= max(1.0, crowd) ** _CROWDED_POWER
     computing += rounds * block.chunks * (_CHUNK_CLOCKS + _wait_clocks(block.loading))
     if block.buffers == 1 and block.chunks * tiles > 1:
@@ -421,19 +421,19 @@ def _fetch_clocks(
     code: float, kinds: int, tiles: int, resident: int, block: BakedBlock
 ) -> float:
     """Clocks in which a multiprocessor's blocks get their code, that of each kind."""
+    config = block.config
+    fetches = (config.warps * resident / _FETCH_WARPS) ** _FETCH_POWER
     met = min(kinds, -(-kinds * block.tiling.subtiles // _DOORS))
     first = max(code / _FIRST_RATE, met * code / _DOOR_RATE)
     if kinds * code > _KEPT_BYTES:
         met_in_turn = min(kinds, -(-tiles // resident))
-        first = max(first, met_in_turn * code / _LOST_RATE)
+        first = max(first, met_in_turn * code / (_LOST_RATE * fetches))
     # Blocks on a multiprocessor may be of different kinds.
     if min(kinds, resident) * code <= _CACHED_BYTES:
         return first
-    config = block.config
     streams = tiles * -(-config.team_warps // _TOGETHER)
     rate = _FAR_RATE if _is_far(code, kinds, resident) else _NEXT_RATE
-    rate *= (config.warps * resident / _FETCH_WARPS) ** _FETCH_POWER
-    return max(first, streams * code / rate)
+    return max(first, streams * code / (rate * fetches))
 
 
 def _is_far(code: float, kinds: int, resident: int) -> bool:

@@ -14,6 +14,8 @@ from sparse_conv.problem import Problem
 _MEGA = 1e6
 # Dense convolutions with more taps than that are slower for their products.
 _MANY_TAPS = 49
+# Beyond so many products of an output, several units share them.
+_SHARED_DEPTH = 512
 # Vector operations that a unit does while others are called.
 _LITTLE_WORK = 1e5
 
@@ -82,8 +84,9 @@ def dense_terms(
         channels written rounded up, "both" with all of them rounded up, "unaligned" the
         same where they are no multiple of 4, "large" with none rounded, where there are
         many taps (millions), "read", "write" and "weights" (megabytes), and "taps",
-        "depth", the products of an output, and "inner", those of all taps but one
-        (thousands, undivided: they follow each other).
+        "depth", the products of an output, "chain", as many of them as one unit takes,
+        and "inner", those of all taps but one (thousands, undivided: they follow each
+        other).
     """
     p = problem
     ins, outs = p.group_channels, p.k // p.groups
@@ -99,6 +102,7 @@ def dense_terms(
         "several": float(p.r * p.s > 1),
         "taps": p.r * p.s / 1e3,
         "depth": depth / 1e3,
+        "chain": min(depth, _SHARED_DEPTH) / 1e3,
         "inner": (p.r * p.s - 1) * ins / 1e3,
         "products": pixels * ins * _rounded(outs, lanes) / share,
         "both": both,
