@@ -51,7 +51,7 @@ _INSTRUCTION = 16
 # from the next one, which serves two of them, and what doesn't fit there from far, so
 # many bytes a clock for 16 resident warps. More warps have more fetches on the way.
 _CACHED_BYTES = 21 * 1024
-_NEXT_CACHED_BYTES = 133 * 1024
+_NEXT_CACHED_BYTES = 122 * 1024
 _NEXT_SHARERS = 2
 _NEXT_RATE = 13.03
 _FAR_RATE = 5.63
@@ -61,6 +61,10 @@ _FETCH_POWER = 0.449
 # 32 to 64 channels, density 0.2, took 350 to 392 us where 295 were expected.
 _CROWDED_BYTES = 320 * 1024
 _CROWDED_POWER = 1.0
+# So many sums leave few registers to load ahead into. Where code comes from far again
+# and again, too, the waits for both add up.
+_MANY_SUMS = 32
+_LATE_LOADS = 1.4
 # The same for code that is met for the first time, and for all parts together, which
 # neighbouring multiprocessors fetch through the same door.
 _FIRST_RATE = 27.52
@@ -378,6 +382,9 @@ def _function_clocks(
     if _is_far(code, kinds, resident):
         crowd = code / config.teams / _CROWDED_BYTES
         computing *= max(1.0, crowd) ** _CROWDED_POWER
+        again = tiles > resident or kinds * code > _KEPT_BYTES
+        if again and config.sums > _MANY_SUMS and block.chunks > 1:
+            computing *= _LATE_LOADS
     computing += rounds * block.chunks * (_CHUNK_CLOCKS + _wait_clocks(block.loading))
     if block.buffers == 1 and block.chunks * tiles > 1:
         # Without other blocks, nothing goes on while a tile is loaded.
