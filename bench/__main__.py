@@ -101,7 +101,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--dtype",
         action="append",
         choices=("float32", "float16", "bfloat16"),
-        help="of the layers; may be given again (default: float32)",
+        help="of figures, or of layers, where it may be given again (default: float32)",
     )
     add(
         "--budget",

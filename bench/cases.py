@@ -135,26 +135,27 @@ def _reached(size: int, taps: int) -> np.ndarray:
     return np.array([max(0, size - abs(tap - before)) for tap in range(taps)])
 
 
-def figure_cases(*, on_gpu: bool) -> Iterator[Case]:
+def figure_cases(*, on_gpu: bool, dtype: str = "float32") -> Iterator[Case]:
     """The points of the five figures.
 
     Args:
         on_gpu: Whether they are for a GPU. On a CPU the largest image is 256x512.
+        dtype: Name of the dtype of all operands.
 
     Yields:
         The cases, figure after figure.
     """
     for taps in KERNEL_SIZES:
-        yield Case("kernel size", taps, 1, 256, 512, 3, 64, taps, 0.1)
+        yield Case("kernel size", taps, 1, 256, 512, 3, 64, taps, 0.1, dtype)
     for channels in CHANNELS:
-        yield Case("channels in", channels, 1, 256, 512, channels, 3, 11, 0.1)
+        yield Case("channels in", channels, 1, 256, 512, channels, 3, 11, 0.1, dtype)
     for channels in CHANNELS:
-        yield Case("channels out", channels, 1, 256, 512, 3, channels, 11, 0.1)
+        yield Case("channels out", channels, 1, 256, 512, 3, channels, 11, 0.1, dtype)
     for density in sorted(SEED_DENSITIES + MORE_DENSITIES):
-        yield Case("density", density, 1, 256, 512, 32, 64, 11, density)
+        yield Case("density", density, 1, 256, 512, 32, 64, 11, density, dtype)
     for size in IMAGE_SIZES:
         height = size if on_gpu or size * size <= MOST_CPU_PIXELS else size // 2
-        yield Case("image size", size, 1, height, size, 3, 64, 11, 0.1)
+        yield Case("image size", size, 1, height, size, 3, 64, 11, 0.1, dtype)
 
 
 # Name, height and width, channels in, channels out, taps.

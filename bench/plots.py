@@ -127,8 +127,14 @@ def _figure(name: str, rows: list[Row], kind: str, results: Results) -> Path:
     times.legend(fontsize=8)
     ratios.set_ylabel("sparse_conv: times as fast")
     ratios.legend(fontsize=8)
-    figure.suptitle(f"{name.capitalize()}: {_constant_part(name, rows)}")
-    return _save(figure, results, f"figure-{name.replace(' ', '-')}")
+    dtype = rows[0]["case"]["dtype"]
+    figure.suptitle(f"{name.capitalize()}: {_constant_part(name, rows)}, {dtype}")
+    return _save(figure, results, f"figure{_part(results)}-{name.replace(' ', '-')}")
+
+
+def _part(results: Results) -> str:
+    """What tells the pictures of another dtype from those of float32."""
+    return results.path.stem.removeprefix("figures")
 
 
 def _draw_times(axes: Any, rows: list[Row], kind: str, results: Results) -> None:
@@ -250,10 +256,11 @@ def _summary(groups: dict[str, list[Row]], kind: str, results: Results) -> Path:
     if mean is not None:
         headline = (
             f"sparse_conv: {mean:.1f} times as fast as {labels['dense']}, "
-            f"the geometric mean of {len(sparse)} points at density 0.1"
+            f"the geometric mean of {len(sparse)} points at density 0.1, "
+            f"{sparse[0]['case']['dtype']}"
         )
         figure.text(0.5, 1.09, headline, ha="center", va="bottom", fontsize=12)
-    return _save(figure, results, "summary")
+    return _save(figure, results, f"summary{_part(results)}")
 
 
 def _is_sparse(row: Row) -> bool:

@@ -121,8 +121,8 @@ class Session:
         if self.fp32 is not None:
             self.fp32.close()
 
-    def results(self, command: str) -> Results:
-        """The results of a command, begun or gone on with."""
+    def results(self, command: str, part: str = "") -> Results:
+        """The results of a command, or of a part of it, begun or gone on with."""
         options = self.options
         settings = {
             "quick": options.quick,
@@ -131,7 +131,7 @@ class Session:
             "seconds_per_contender": self.bench.effort.seconds,
             "tf32_default": self.machine["tf32_default"],
         }
-        path = self.out / f"{command}.json"
+        path = self.out / f"{command}{part}.json"
         return Results.begin(
             path, command, settings, self.machine, resume=options.resume
         )

@@ -701,6 +701,18 @@ def test_tables_and_plots_are_drawn_from_a_file(command, tmp_path, capsys):
     assert pictures == expected.get(command, {command})
 
 
+def test_figures_of_another_dtype_lie_beside_those_of_float32(tmp_path):
+    rows = rows_of("figures")
+    for row in rows:
+        row["case"]["dtype"] = "bfloat16"
+    written = document_of(rows, path=tmp_path / "figures-bfloat16.json")
+    pictures = {path.stem for path in plots.draw(written)}
+    names = {f"figure-bfloat16-{name.replace(' ', '-')}" for name in cases.FIGURES}
+    assert pictures == {"summary-bfloat16", *names}
+    wanted = cases.figure_cases(on_gpu=True, dtype="bfloat16")
+    assert {case.dtype for case in wanted} == {"bfloat16"}
+
+
 def test_plots_leave_out_what_has_no_time(tmp_path):
     rows = rows_of("figures")
     for row in rows[::2]:
