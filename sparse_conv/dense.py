@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from sparse_conv import costs
 from sparse_conv.activations import LINEAR, Activation
-from sparse_conv.bridge import HOST, Place, shape_tensor
+from sparse_conv.bridge import HOST, Place, at, shape_tensor
 from sparse_conv.costs import Estimate, Machine
 from sparse_conv.costs.terms import dense_terms
 from sparse_conv.pattern import Pattern
@@ -234,15 +234,15 @@ def convolve(
 
 
 def _at(place: Place, run: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
-    """`run` in the scope of a device, which takes 10 us and is not needed with one."""
+    """`run` on a device."""
     if not tf.config.list_logical_devices("GPU"):
         return run
 
-    def scoped(*operands: tf.Tensor) -> tf.Tensor:
-        with tf.device(place.device):
+    def placed(*operands: tf.Tensor) -> tf.Tensor:
+        with at(place):
             return run(*operands)
 
-    return scoped
+    return placed
 
 
 def kernel_of(w: tf.Tensor, pattern: Pattern | None, place: Place) -> tf.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Hashable
 
 import tensorflow as tf
 from tensorflow.python.autograph.impl import api as _autograph
+from tensorflow.python.eager import context as _context
 from tensorflow.python.eager import forwardprop_util as _forwardprop
 from tensorflow.python.eager import record as _record
 from tensorflow.python.framework import ops as _ops
@@ -55,6 +56,11 @@ def signature_of(tensor: tf.Tensor) -> Hashable:
     The hash of a DType alone takes longer than all of this.
     """
     return tensor._shape_tuple(), tensor._datatype_enum(), tensor.backing_device
+
+
+def device_scope() -> str:
+    """The device of the `tf.device` around an eager operation; empty without one."""
+    return _context.context().device_name or ""
 
 
 def in_xla_context() -> bool:

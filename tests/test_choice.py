@@ -748,6 +748,20 @@ def test_dense_does_not_compute_where_no_back_end_was_asked_for():
         sparse_conv.conv2d(x, kernel, 1, "SAME", algorithm="dense", backend="cpu")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("scope", [None, "/CPU:0", "/GPU:0"])
+@pytest.mark.parametrize("device", ["/CPU:0", "/GPU:0"])
+def test_dense_computes_where_the_tensors_live(device, scope):
+    skip_unless_usable("cuda")
+    with tf.device(device):
+        x, dense = tf.random.normal((1, 6, 6, 2)), tf.random.normal((3, 3, 2, 2))
+        kernel = sparse_conv.SparseKernel.from_dense(dense)
+    with tf.device(scope):
+        y = sparse_conv.conv2d(x, kernel, 1, "SAME", algorithm="dense")
+    assert place_of(y) == place_of(x)
+    np.testing.assert_allclose(y, tf.nn.conv2d(x, dense, 1, "SAME"), atol=1e-2)
+
+
 def test_back_ends_keep_the_contract():
     for name in backends.NAMES:
         module = backends._backend(name)
