@@ -64,7 +64,7 @@ def at(place: Place) -> contextlib.AbstractContextManager:
 
     Outside of all scopes, eager operations run on the first GPU if there is one.
     """
-    if place == _first_place() and not device_scope():
+    if (device_scope() or _first_place().device) == place.device:
         return contextlib.nullcontext()
     return tf.device(place.device)
 
