@@ -24,8 +24,9 @@ ALGORITHMS = ("auto", "generic", "baked", "dense")
 PASSES = ("fprop", "dgrad", "wgrad")
 
 # By how much ours has to be predicted faster than TensorFlow's convolution to be taken,
-# for each kind of place: about what the models are wrong by, so that few calls lose
-# against it. cuDNN chooses among algorithms, which no model of a few sizes foresees.
+# for each kind of place, so that few calls lose against it. On CPUs that is about what
+# the models are wrong by. cuDNN chooses among algorithms, which no model of a few sizes
+# foresees: there the costs of dense are fitted to be too short rather than too long.
 MARGINS = {"CPU": 1.1, "GPU": 1.03}
 
 _UNCOUNTED = (

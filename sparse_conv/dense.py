@@ -138,7 +138,7 @@ def fprop(
     def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
         return compute(x, kernel_of(w), bias)
 
-    return _at(place, run)
+    return _on_device(place, run)
 
 
 def dgrad(
@@ -157,7 +157,7 @@ def dgrad(
     def run(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
         return compute(dy, kernel_of(w))
 
-    return _at(place, run)
+    return _on_device(place, run)
 
 
 def wgrad(
@@ -171,7 +171,7 @@ def wgrad(
         dw = compute(x, dy)
         return dw if pattern is None else _at_nonzeros(dw, pattern, place)
 
-    return _at(place, run)
+    return _on_device(place, run)
 
 
 def graph_fprop(
@@ -233,8 +233,8 @@ def convolve(
     return _finished(y, bias, activation, geometry.data_format)
 
 
-def _at(place: Place, run: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
-    """`run` on a device."""
+def _on_device(place: Place, run: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    """`run` where the operands live; what TensorFlow does anyway without a GPU."""
     if not tf.config.list_logical_devices("GPU"):
         return run
 
