@@ -31,6 +31,7 @@ class Launch:
         constants: The rest of the argument struct, packed.
         code: Generated text, which takes the place of the function's own
             `baked_code.cuh`.
+        cluster: Blocks of a cluster; it is compiled in.
     """
 
     function: str
@@ -41,6 +42,7 @@ class Launch:
     pointers: tuple[str, ...]
     constants: bytes
     code: str = ""
+    cluster: int = 1
 
     def pack(self, addresses: Mapping[str, int]) -> bytes:
         """The whole argument struct.

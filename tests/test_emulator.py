@@ -21,7 +21,15 @@ struct Arguments {
 """
 
 
-def toy(body: str, *, n: int = 0, grid=(1, 1, 1), block=(64, 1, 1), shared_mem_bytes=0):
+def toy(
+    body: str,
+    *,
+    n: int = 0,
+    grid=(1, 1, 1),
+    block=(64, 1, 1),
+    shared_mem_bytes=0,
+    cluster=1,
+):
     """A launch of a toy function, and its text; the body starts at toy.cu:1."""
     text = f"""{STRUCT}
 extern "C" __global__ void toy(Arguments arguments) {{
@@ -34,7 +42,9 @@ extern "C" __global__ void toy(Arguments arguments) {{
 }}
 """
     constants = struct.pack("ii", n, 0)
-    launch = Launch("toy", (), grid, block, shared_mem_bytes, POINTERS, constants)
+    launch = Launch(
+        "toy", (), grid, block, shared_mem_bytes, POINTERS, constants, cluster=cluster
+    )
     return launch, text
 
 
@@ -146,6 +156,55 @@ def test_a_warp_shares_memory_through_its_own_barriers():
     np.testing.assert_array_equal(written, np.repeat(sums, 32))
 
 
+# Each block reads what the next one of its cluster has written.
+EXCHANGE = """SHARED_MEMORY(memory);
+float* own = (float*)memory + t;
+*own = read[blockIdx.x * blockDim.x + t];
+arrive_at_cluster();
+wait_for_cluster();
+const int next = (blockIdx.x + 1) % 2;
+const float other = *in_block(own, next);
+arrive_at_cluster();
+write[blockIdx.x * blockDim.x + t] = other;
+wait_for_cluster();"""
+IN_CLUSTER = {"grid": (2, 1, 1), "shared_mem_bytes": 256, "cluster": 2}
+
+
+def test_blocks_of_a_cluster_read_each_other():
+    options = IN_CLUSTER | {"grid": (6, 1, 1)}
+    written = run_toy(EXCHANGE, floats(384), 384, **options)
+    expected = floats(384).reshape(3, 2, 64)[:, ::-1].ravel()
+    np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ("arrive_at_cluster();\nwait_for_cluster();\n", "MAY NOT HAVE STARTED"),
+        ("\nwait_for_cluster();", "BLOCK HAS FINISHED"),
+    ],
+)
+def test_each_barrier_of_a_cluster_is_needed(left_out, message, order):
+    first, last = EXCHANGE.rsplit(left_out, 1)
+    launch, text = toy(first + last, **IN_CLUSTER)
+    arrays = {"read": floats(128), "write": np.empty(128, np.float32)}
+    with pytest.raises(EmulationError, match=message):
+        run(launch, arrays, outputs=["write"], text=text, order=order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_follows_an_arrival_is_not_ordered_by_it(order):
+    body = EXCHANGE.replace("arrive_at_cluster();\nwrite", "*own = 0;\nwrite")
+    body = body.replace("\nwait_for_cluster();", "", 1).replace(
+        "const float", "wait_for_cluster();\narrive_at_cluster();\nconst float"
+    )
+    launch, text = toy(body, **IN_CLUSTER)
+    arrays = {"read": floats(128), "write": np.empty(128, np.float32)}
+    with pytest.raises(EmulationError, match=r"RACE.*shared memory.*toy\.cu"):
+        run(launch, arrays, outputs=["write"], text=text, order=order)
+
+
 # Each: the body, what the message must say, further options.
 FORBIDDEN = {
     "read_after_the_end": (
@@ -242,6 +301,48 @@ FORBIDDEN = {
         {},
     ),
     "thread_limit": ("", ["LAUNCH", "1024"], {"block": (1025, 1, 1)}),
+    "part_of_a_cluster": (
+        "", ["LAUNCH", "3 blocks of 2"], {"grid": (3, 1, 1), "cluster": 2}
+    ),
+    "cluster_limit": (
+        "", ["LAUNCH", "16 blocks of 16"], {"grid": (16, 1, 1), "cluster": 16}
+    ),
+    "two_arrivals": (
+        "arrive_at_cluster(); arrive_at_cluster();",
+        ["CLUSTER: a thread must wait before it arrives again"],
+        IN_CLUSTER,
+    ),
+    "no_arrival": (
+        "wait_for_cluster();",
+        ["CLUSTER: a thread must arrive before it waits"],
+        IN_CLUSTER,
+    ),
+    "not_all_arrive": (
+        "if (t > 5) __syncthreads();\n"
+        "else { arrive_at_cluster(); wait_for_cluster(); }",
+        ["DIVERGENCE in the cluster", "not all arrive"],
+        IN_CLUSTER,
+    ),
+    "no_such_block": (
+        "SHARED_MEMORY(memory); in_block(memory, 2);",
+        ["CLUSTER: byte 0 of shared memory in block 2 of 2"],
+        IN_CLUSTER,
+    ),
+    "a_block_that_may_not_have_started": (
+        "SHARED_MEMORY(memory);\n*in_block(memory + t, 1 - blockIdx.x) = 0;",
+        ["BLOCK MAY NOT HAVE STARTED", "toy.cu:2", "of block 0 of the cluster"],
+        IN_CLUSTER,
+    ),
+    "two_clusters_write_one_place": (
+        "if (t + blockIdx.x % 2 == 0)\nwrite[0] = 5;",
+        ["RACE", "byte 0 of write", "toy.cu:2", "by another cluster"],
+        IN_CLUSTER | {"grid": (4, 1, 1)},
+    ),
+    "two_blocks_of_a_cluster_write_one_place": (
+        "if (t == 0)\nwrite[0] = 5;",
+        ["RACE", "byte 0 of write", "toy.cu:2", "of block 0 of the cluster"],
+        IN_CLUSTER,
+    ),
 }  # fmt: skip
 
 

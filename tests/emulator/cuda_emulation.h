@@ -11,6 +11,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct int2 { int x, y; } __align__(8);
@@ -40,7 +41,7 @@ constexpr int warpSize = 32;
 
 namespace emulation {
 
-enum Collective { SYNCTHREADS, SYNCWARP, SHUFFLE, BALLOT };
+enum Collective { SYNCTHREADS, SYNCWARP, SHUFFLE, BALLOT, CLUSTER };
 
 // Where a collective stands in the text. All who meet must stand at the same place.
 struct Place {
@@ -52,6 +53,10 @@ struct Place {
 char* shared_memory();
 int lane();
 void meet_block(Place place);
+void arrive_at_cluster();
+void wait_for_cluster(Place place);
+// Where in another block's shared memory lies what is at `own` in this one's.
+char* in_block(const void* own, int block);
 // Every lane gives a value and receives the one that lane `source` gave.
 unsigned long long meet_warp(
     Place place, unsigned mask, unsigned long long given, int source);
@@ -96,6 +101,17 @@ unsigned long argument_bytes(void (*)(Arguments)) {
 
 inline void __syncthreads(EMULATION_PLACE) {
     emulation::meet_block({emulation::SYNCTHREADS, file, line});
+}
+
+inline void arrive_at_cluster() { emulation::arrive_at_cluster(); }
+
+inline void wait_for_cluster(EMULATION_PLACE) {
+    emulation::wait_for_cluster({emulation::CLUSTER, file, line});
+}
+
+template <class T>
+T* in_block(T* own, int block) {
+    return reinterpret_cast<T*>(emulation::in_block(own, block));
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffff, EMULATION_PLACE) {

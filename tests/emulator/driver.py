@@ -5,7 +5,8 @@ Knows the emulator's requests. Does not know how functions are built, nor what t
 A request is a text file with one paragraph for each task:
 
     <path of the function's library>
-    <grid: 3 numbers> <block: 3> <shared memory in bytes> <1: descending order>
+    <grid: 3 numbers> <block: 3> <blocks of a cluster> <shared memory in bytes>
+        <1: descending order>
         <bytes of the argument struct> <number of pointers> <number of arrays>
     <the argument struct in hexadecimal, each pointer being 1 + its array's number>
     <name> <i: input, o: output> <bytes> <place in the data file>, for each array
@@ -120,7 +121,7 @@ def _request(task: Task, file: BinaryIO) -> _Part:
     file.seek(place)
     numbers = {name: 1 + number for number, name in enumerate(arrays)}
     arguments = launch.pack({name: numbers.get(name, 0) for name in launch.pointers})
-    sizes = [*launch.grid, *launch.block, launch.shared_mem_bytes]
+    sizes = [*launch.grid, *launch.block, launch.cluster, launch.shared_mem_bytes]
     sizes += [int(task.order == "descending"), len(arguments)]
     sizes += [len(launch.pointers), len(arrays)]
     paragraph = [library, " ".join(map(str, sizes)), arguments.hex(), *lines]

@@ -39,6 +39,7 @@ constexpr size_t ARENA = size_t{1} << 38;
 constexpr size_t STACK = size_t{1} << 17;
 constexpr int WARP = 32;
 constexpr int MAX_THREADS = 1024;
+constexpr unsigned MAX_CLUSTER = 8;
 // Races are tracked in units of the smallest element that functions store.
 constexpr size_t CELL = 2;
 constexpr int POISON = 0xFF;
@@ -46,15 +47,18 @@ constexpr int POISON = 0xFF;
 enum class Kind { INPUT, OUTPUT, SHARED };
 const char* const KIND_NAMES[] = {"input", "output", "of a block"};
 const char* const COLLECTIVE_NAMES[] = {
-    "__syncthreads", "__syncwarp", "a shuffle", "__ballot_sync"};
+    "__syncthreads", "__syncwarp", "a shuffle", "__ballot_sync", "the cluster"};
 
 // One access to a cell. Time is counted in phases: one ends with every barrier of a block
-// and with every block. Two accesses by different threads are ordered if they lie in
-// different phases, or if a __syncwarp of their warp (`warp_epoch`) lies between them.
+// and with every cluster. Two accesses by different threads of a block are ordered if they
+// lie in different phases, or if a __syncwarp of their warp (`warp_epoch`) lies between
+// them; two of a cluster, if the later thread has waited for a barrier of the cluster at
+// which the earlier one had not yet arrived.
 struct Access {
     const void* pc;
     uint64_t phase;  // 0 where there was no access
     unsigned warp_epoch;
+    unsigned arrivals;
     int thread;
 };
 
@@ -89,6 +93,8 @@ struct Thread {
     Place place;
     unsigned long long given, received;
     int source;
+    // At the barriers of its cluster.
+    unsigned arrivals, waits;
     // Batches of copies that haven't arrived; the last one is not yet complete.
     std::vector<std::vector<Copy>> copies;
 };
@@ -102,6 +108,7 @@ struct Image {
 struct Task {
     std::string library;
     dim3 grid, block;
+    unsigned cluster;
     size_t shared_bytes;
     bool descending;
     std::vector<char> arguments;
@@ -116,9 +123,16 @@ char* arena_free;
 char* stacks;
 std::vector<Region> regions;
 std::vector<Image> images;
+// Those of a cluster, one block behind the other, as are the regions of shared memory, the
+// last ones of all.
 std::vector<Thread> threads;
 std::vector<unsigned> warp_epochs;
-uint64_t phase, first_phase;
+int block_threads;
+unsigned cluster;
+uint3 first_block;
+// The phase of each block of the cluster, and the first one of them all.
+std::vector<uint64_t> phases;
+uint64_t first_phase;
 int current = -1;
 bool descending;
 ucontext_t scheduler;
@@ -139,11 +153,24 @@ void say(const char* format, ...) {
 // Each stack has an inaccessible page below it.
 char* stack_of(int number) { return stacks + number * (STACK + PAGE) + PAGE; }
 
+// Which of the cluster's blocks a thread belongs to.
+int block_of(int number) { return number / block_threads; }
+
+// Warps don't reach from one block to the next.
+int warp_of(int number) {
+    const int warps = (block_threads + WARP - 1) / WARP;
+    return block_of(number) * warps + number % block_threads / WARP;
+}
+
+Region& shared_of(int block) { return regions[regions.size() - cluster + block]; }
+
 std::string thread_name(int number) {
     const uint3 i = threads[number].index;
     char text[80];
     snprintf(text, sizeof text, "thread (%u, %u, %u)", i.x, i.y, i.z);
-    return text;
+    std::string name = text;
+    if (cluster > 1) name += " of block " + std::to_string(block_of(number)) + " of the cluster";
+    return name;
 }
 
 // File and line of an instruction, and of the calls that were inlined around it.
@@ -264,19 +291,21 @@ void release_all() {
 
 // Whether what `earlier` did is visible to the running thread now, and only now.
 inline bool ordered(const Access& earlier, const Region& region) {
-    if (earlier.phase < phase)
-        // Other blocks have their own shared memory, but share everything else.
-        return region.kind == Kind::SHARED || earlier.phase == 0 ||
-               earlier.phase >= first_phase;
+    if (earlier.phase < first_phase)
+        // Other clusters have their own shared memory, but share everything else.
+        return region.kind == Kind::SHARED || earlier.phase == 0;
     if (earlier.thread == current) return true;
-    const int warp = current / WARP;
-    return earlier.thread / WARP == warp && earlier.warp_epoch < warp_epochs[warp];
+    const int block = block_of(current), warp = warp_of(current);
+    if (block_of(earlier.thread) == block && earlier.phase < phases[block]) return true;
+    if (warp_of(earlier.thread) == warp && earlier.warp_epoch < warp_epochs[warp]) return true;
+    return earlier.arrivals < threads[current].waits;
 }
 
 [[noreturn]] void report_race(const Access& earlier, const char* did, const char* does,
                               const Region& region, size_t offset, const void* pc) {
     say_where();
     const std::string who = earlier.phase >= first_phase ? thread_name(earlier.thread)
+                            : cluster > 1                ? "another cluster"
                                                          : "another block";
     FAIL("RACE: byte %zu of %s is %s at %s, and was %s by %s at %s, with no barrier between",
          offset, region.name.c_str(), does, location(pc).c_str(), did, who.c_str(),
@@ -285,7 +314,8 @@ inline bool ordered(const Access& earlier, const Region& region) {
 
 inline void note_cell(Cell& cell, const Region& region, size_t offset, bool write,
                       const void* pc) {
-    const Access access{pc, phase, warp_epochs[current / WARP], current};
+    const Access access{pc, phases[block_of(current)], warp_epochs[warp_of(current)],
+                        threads[current].arrivals, current};
     if (!ordered(cell.writer, region))
         report_race(cell.writer, "written", write ? "written" : "read", region, offset, pc);
     if (!write) {
@@ -315,6 +345,18 @@ bool is_private(uintptr_t address) {
     });
 }
 
+// Another block's shared memory is there once it is known that the block has started, and
+// until it has finished.
+void check_block(int block, uintptr_t address, size_t bytes, bool write, const void* pc) {
+    if (block == block_of(current)) return;
+    if (threads[current].waits == 0)
+        refuse("BLOCK MAY NOT HAVE STARTED", address, bytes, write, pc);
+    const auto first = threads.begin() + block * block_threads;
+    if (std::all_of(first, first + block_threads,
+                    [](const Thread& thread) { return thread.state == State::FINISHED; }))
+        refuse("BLOCK HAS FINISHED", address, bytes, write, pc);
+}
+
 // Checks one access; every access of a function comes here first.
 void check_access(uintptr_t address, size_t bytes, bool write, const void* returns) {
     if (current < 0) return;
@@ -329,6 +371,9 @@ void check_access(uintptr_t address, size_t bytes, bool write, const void* retur
         Region& region = regions[i];
         const size_t offset = address - reinterpret_cast<uintptr_t>(region.base);
         if (offset >= region.bytes || bytes > region.bytes - offset) continue;
+        if (region.kind == Kind::SHARED)
+            check_block(static_cast<int>(i + cluster - regions.size()), address, bytes, write,
+                        pc);
         if (region.kind != Kind::INPUT) {
             for (size_t cell = offset / CELL; cell <= (offset + bytes - 1) / CELL; ++cell)
                 note_cell(region.cells[cell], region, cell * CELL, write, pc);
@@ -353,6 +398,8 @@ void resume(int number) {
     Thread& thread = threads[number];
     current = number;
     threadIdx = thread.index;
+    blockIdx = first_block;
+    blockIdx.x += static_cast<unsigned>(block_of(number));
     swapcontext(&scheduler, &thread.context);
     current = -1;
 }
@@ -389,8 +436,12 @@ void require_same(int first, int last) {
     }
 }
 
+bool waits_for_cluster(const Thread& thread) {
+    return thread.state == State::WAITING && thread.place.collective == emulation::CLUSTER;
+}
+
 bool at_warp_collective(const Thread& thread) {
-    return thread.state == State::WAITING &&
+    return thread.state == State::WAITING && !waits_for_cluster(thread) &&
            thread.place.collective != emulation::SYNCTHREADS;
 }
 
@@ -404,14 +455,14 @@ void exchange(int first, int last) {
         if (thread.given) votes |= 1u << (number - first);
     }
     const Place& place = threads[first].place;
-    if (place.collective == emulation::SYNCWARP) ++warp_epochs[first / WARP];
+    if (place.collective == emulation::SYNCWARP) ++warp_epochs[warp_of(first)];
     for (int number = first; number < last; ++number) {
         if (place.collective == emulation::BALLOT) threads[number].received = votes;
         threads[number].state = State::READY;
     }
 }
 
-// Runs one warp until all its lanes have finished or wait for the block.
+// Runs one warp until all its lanes have finished or wait for the block or the cluster.
 void run_warp(int first, int last) {
     for (;;) {
         for (int i = first; i < last; ++i) {
@@ -428,10 +479,11 @@ void run_warp(int first, int last) {
 
 void prepare_thread(int number) {
     Thread& thread = threads[number];
-    const unsigned n = static_cast<unsigned>(number);
+    const unsigned n = static_cast<unsigned>(number % block_threads);
     thread.index = {n % blockDim.x, n / blockDim.x % blockDim.y,
                     n / (blockDim.x * blockDim.y)};
     thread.state = State::READY;
+    thread.arrivals = thread.waits = 0;
     thread.copies.assign(1, {});
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = stack_of(number);
@@ -440,41 +492,79 @@ void prepare_thread(int number) {
     makecontext(&thread.context, thread_main, 0);
 }
 
-void run_block() {
-    const int count = static_cast<int>(threads.size());
-    const int warps = (count + WARP - 1) / WARP;
-    Region& shared = regions.back();
-    memset(shared.base, POISON, shared.bytes);
-    for (int number = 0; number < count; ++number) prepare_thread(number);
-    do {
+// Runs one block until all its threads have finished, or some wait for the cluster.
+void run_block(int block) {
+    const int first = block * block_threads, last = first + block_threads;
+    const int warps = (block_threads + WARP - 1) / WARP;
+    for (;;) {
         for (int i = 0; i < warps; ++i) {
-            const int warp = descending ? warps - 1 - i : i;
-            run_warp(warp * WARP, std::min(count, (warp + 1) * WARP));
+            const int warp = first + (descending ? warps - 1 - i : i) * WARP;
+            run_warp(warp, std::min(last, warp + WARP));
         }
-        require_same(0, count);
-        ++phase;
-        if (threads[0].state == State::FINISHED) return;
-        for (Thread& thread : threads) thread.state = State::READY;
-    } while (true);
+        if (std::any_of(threads.begin() + first, threads.begin() + last, waits_for_cluster))
+            return;
+        require_same(first, last);
+        ++phases[block];
+        if (threads[first].state == State::FINISHED) return;
+        for (int number = first; number < last; ++number)
+            threads[number].state = State::READY;
+    }
 }
 
-void run_grid(const dim3& grid, const dim3& block) {
+// Lets those go on who wait for a barrier of the cluster at which all have arrived that
+// haven't finished. Whether there are any.
+bool release_cluster() {
+    unsigned arrivals = ~0u;
+    for (const Thread& thread : threads)
+        if (thread.state != State::FINISHED) arrivals = std::min(arrivals, thread.arrivals);
+    bool any = false;
+    for (Thread& thread : threads) {
+        if (!waits_for_cluster(thread) || thread.waits >= arrivals) continue;
+        ++thread.waits;
+        thread.state = State::READY;
+        any = true;
+    }
+    return any;
+}
+
+void run_cluster() {
+    const int count = static_cast<int>(threads.size());
+    for (unsigned block = 0; block < cluster; ++block)
+        memset(shared_of(block).base, POISON, shared_of(block).bytes);
+    for (int number = 0; number < count; ++number) prepare_thread(number);
+    do {
+        for (unsigned i = 0; i < cluster; ++i) run_block(descending ? cluster - 1 - i : i);
+    } while (release_cluster());
+    for (int number = 0; number < count; ++number)
+        if (threads[number].state != State::FINISHED)
+            FAIL("DIVERGENCE in the cluster: %s, and not all arrive",
+                 state_name(number).c_str());
+}
+
+void run_grid(const Task& task) {
+    const dim3 &grid = task.grid, &block = task.block;
     gridDim = grid;
     blockDim = block;
+    cluster = task.cluster;
     if (uint64_t{block.x} * block.y * block.z - 1 >= MAX_THREADS)
         FAIL("LAUNCH: a block has 1 to %d threads, not %u x %u x %u", MAX_THREADS, block.x,
              block.y, block.z);
-    threads.resize(size_t{block.x} * block.y * block.z);
-    warp_epochs.assign((threads.size() + WARP - 1) / WARP, 0);
-    phase = 0;
-    const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-    for (uint64_t i = 0; i < blocks; ++i) {
-        const uint64_t number = descending ? blocks - 1 - i : i;
-        blockIdx = {static_cast<unsigned>(number % grid.x),
-                    static_cast<unsigned>(number / grid.x % grid.y),
-                    static_cast<unsigned>(number / (uint64_t{grid.x} * grid.y))};
-        first_phase = ++phase;
-        run_block();
+    if (cluster - 1 >= MAX_CLUSTER || grid.x % cluster)
+        FAIL("LAUNCH: a grid consists of whole clusters of 1 to %u blocks, not %u blocks of %u",
+             MAX_CLUSTER, grid.x, cluster);
+    block_threads = static_cast<int>(block.x * block.y * block.z);
+    threads.resize(static_cast<size_t>(block_threads) * cluster);
+    warp_epochs.assign((block_threads + WARP - 1) / WARP * cluster, 0);
+    first_phase = 1;
+    const uint64_t clusters = uint64_t{grid.x} * grid.y * grid.z / cluster;
+    for (uint64_t i = 0; i < clusters; ++i) {
+        const uint64_t number = (descending ? clusters - 1 - i : i) * cluster;
+        first_block = {static_cast<unsigned>(number % grid.x),
+                       static_cast<unsigned>(number / grid.x % grid.y),
+                       static_cast<unsigned>(number / (uint64_t{grid.x} * grid.y))};
+        phases.assign(cluster, first_phase);
+        run_cluster();
+        first_phase = *std::max_element(phases.begin(), phases.end()) + 1;
     }
 }
 
@@ -524,7 +614,7 @@ void run_task(Task& task, int data) {
     patch_pointers(task);
     entry_arguments = task.arguments.data();
     descending = task.descending;
-    run_grid(task.grid, task.block);
+    run_grid(task);
     for (const Region& region : regions)
         if (region.kind == Kind::OUTPUT) write_back(region, data);
     release_all();
@@ -538,10 +628,10 @@ bool read_task(FILE* file, Task& task) {
     if (fscanf(file, " %4095[^\n]", path) != 1) return false;
     task.library = path;
     bool good =
-        fscanf(file, "%u %u %u %u %u %u %zu %d %zu %zu %zu", &task.grid.x, &task.grid.y,
-               &task.grid.z, &task.block.x, &task.block.y, &task.block.z,
-               &task.shared_bytes, &descending_order, &argument_bytes, &task.pointers,
-               &arrays) == 11;
+        fscanf(file, "%u %u %u %u %u %u %u %zu %d %zu %zu %zu", &task.grid.x,
+               &task.grid.y, &task.grid.z, &task.block.x, &task.block.y, &task.block.z,
+               &task.cluster, &task.shared_bytes, &descending_order, &argument_bytes,
+               &task.pointers, &arrays) == 12;
     task.descending = descending_order != 0;
     for (size_t i = 0; good && i < argument_bytes; ++i) {
         unsigned byte;
@@ -562,7 +652,7 @@ bool read_task(FILE* file, Task& task) {
     shared.name = "shared memory";
     shared.kind = Kind::SHARED;
     shared.bytes = task.shared_bytes;
-    task.regions.push_back(shared);
+    task.regions.insert(task.regions.end(), task.cluster, shared);
     return true;
 }
 
@@ -572,16 +662,42 @@ bool read_task(FILE* file, Task& task) {
 
 namespace emulation {
 
-char* shared_memory() { return regions.back().base; }
+char* shared_memory() { return shared_of(block_of(current)).base; }
 
-int lane() { return current % WARP; }
+int lane() { return current % block_threads % WARP; }
 
 void meet_block(Place place) { wait_at(place); }
 
+void arrive_at_cluster() {
+    Thread& thread = threads[current];
+    if (thread.arrivals++ == thread.waits) return;
+    say_where();
+    FAIL("CLUSTER: a thread must wait before it arrives again");
+}
+
+void wait_for_cluster(Place place) {
+    const Thread& thread = threads[current];
+    if (thread.arrivals == thread.waits) {
+        say_where();
+        FAIL("CLUSTER: a thread must arrive before it waits");
+    }
+    wait_at(place);
+}
+
+char* in_block(const void* own, int block) {
+    const size_t offset = static_cast<const char*>(own) - shared_memory();
+    if (offset >= shared_of(0).bytes || static_cast<unsigned>(block) >= cluster) {
+        say_where();
+        FAIL("CLUSTER: byte %zd of shared memory in block %d of %u", offset, block, cluster);
+    }
+    return shared_of(block).base + offset;
+}
+
 unsigned long long meet_warp(
     Place place, unsigned mask, unsigned long long given, int source) {
-    const int first = current / WARP * WARP;
-    const int lanes = std::min(WARP, static_cast<int>(threads.size()) - first);
+    const int block = block_of(current) * block_threads;
+    const int first = current - lane();
+    const int lanes = std::min(WARP, block + block_threads - first);
     const unsigned everyone = 0xffffffffu >> (WARP - lanes);
     if ((mask & everyone) != everyone) {
         say_where();
@@ -670,8 +786,9 @@ int main(int count, char** words) {
     const int data = open(words[2], O_RDWR);
     if (!request || data < 0) FAIL("can't open %s and %s", words[1], words[2]);
     arena = arena_free = reserve<char>(ARENA, PROT_NONE);
-    stacks = reserve<char>(MAX_THREADS * (STACK + PAGE), PROT_READ | PROT_WRITE);
-    for (int i = 0; i < MAX_THREADS; ++i)
+    constexpr int stack_count = MAX_THREADS * MAX_CLUSTER;
+    stacks = reserve<char>(stack_count * (STACK + PAGE), PROT_READ | PROT_WRITE);
+    for (int i = 0; i < stack_count; ++i)
         mprotect(stack_of(i) - PAGE, PAGE, PROT_NONE);
     for (int number = 0;; ++number) {
         Task task{};
