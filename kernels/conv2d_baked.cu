@@ -8,6 +8,11 @@
 // so are the numbers of LAYOUT; this text is what surrounds them: it brings tiles of the
 // input into shared memory, a chunk of channels ahead of the computation, and stores.
 //
+// Where an image is small and there are many channels, the blocks of a cluster split the
+// channels among them: each computes with the code of its own share, all at the same time.
+// Then they exchange their sums, so that each block finishes some of the outputs. A cluster
+// computes a single item.
+//
 // A block stays and takes one tile after the other, so that the next tile is on its way
 // and the last outputs are on theirs while it computes. One warp more than compute finds
 // out where the next tile lies.
@@ -46,6 +51,10 @@
 // Blocks that share a multiprocessor; bounds the registers.
 #ifndef RESIDENT
 #define RESIDENT 1
+#endif
+// Blocks of a cluster, which share the input channels.
+#ifndef SPLITS
+#define SPLITS 1
 #endif
 // Whether VECTOR channels are loaded at once.
 #ifndef LOAD_VECTORS
@@ -138,6 +147,10 @@ struct Sums {
     Accumulator of[PIXELS * OUTPUTS];
 };
 
+#if SPLITS > 1
+#include "cluster_sums.cuh"
+#endif
+
 // What the code is generated for. It is compiled in, because a launch is short: the first
 // tile is on its way when half as many instructions have been fetched.
 struct Layout {
@@ -165,10 +178,13 @@ struct Layout {
     int origin_h;
     int origin_w;
     int chunk;
+    // Those of a block, and all.
+    int own_chunks;
     int chunks;
     // From one buffer to the next, in bytes.
     int buffer;
-    // Where outputs are staged, behind the buffers, and where numbers land.
+    // Where outputs are staged or sums exchanged, behind the buffers, and where numbers
+    // land.
     int stage;
     int landing;
     // Whether QUAD channels are stored at once.
@@ -255,6 +271,9 @@ __device__ __forceinline__ Part find_part(int number) {
     return part;
 }
 
+// The first item of the block, or the only one of its cluster.
+__device__ __forceinline__ unsigned find_first() { return blockIdx.x / SPLITS; }
+
 // A multiprocessor keeps little code. Where the blocks on it compute the same part, it
 // fetches no other: the first blocks go to the multiprocessors in turn, and so do the next.
 // Otherwise items that run the same code are neighbours.
@@ -263,7 +282,7 @@ __device__ __forceinline__ Part find_part(int number) {
 // The first number that is no item of this block.
 __device__ __forceinline__ unsigned find_end(const Arguments& a) {
     if (!SHARES_CODE) return a.items;
-    int turn = blockIdx.x;
+    int turn = find_first();
     int part = divide_on(turn, LAYOUT.by_multiprocessors);
     const int first = divide_on(part, LAYOUT.by_sharers);
     if (part * TEAMS >= LAYOUT.parts || first >= a.by_tiles.divisor) return 0;
@@ -550,10 +569,11 @@ __device__ __forceinline__ int find_offset(const Window& output, int pixel) {
 }
 
 // The sums begin with the bias: at the end there would be no registers to load it into.
+// In a cluster, one block's do.
 __device__ __forceinline__ void begin_sums(
     const Arguments& a, const Part& part, Sums& sums) {
     sums = {};
-    if (!a.bias) return;
+    if (!a.bias || blockIdx.x % SPLITS) return;
     const Storage* bias = a.bias + part.first_output;
 #pragma unroll
     for (int k = 0; k < OUTPUTS; ++k) {
@@ -667,6 +687,37 @@ __device__ __forceinline__ void store(
     }
 }
 
+#if SPLITS > 1
+
+// Stores a share. A thread's outputs lie side by side, or those of neighbouring threads do.
+__device__ __forceinline__ void store_share(
+    const Arguments& a, const Item& item, const Share& share) {
+    const int offset = find_offset(item.output, 0);
+    if (offset < 0) return;
+    const Part part = find_part(item.part + find_team());
+    const int first = blockIdx.x % SPLITS * OWN_OUTPUTS;
+    Storage* write = a.write + item.output.offset + offset +
+                     widening(part.first_output + first, LAYOUT.steps.write_channel);
+    if (CHANNELS_LAST && OWN_OUTPUTS % QUAD == 0 && LAYOUT.store_quads) {
+#pragma unroll
+        for (int k = 0; k < OWN_OUTPUTS; k += QUAD) {
+            if (first + k >= part.outputs) break;
+            AccumulatorQuad quad;
+#pragma unroll
+            for (int i = 0; i < QUAD; ++i) quad.numbers[i] = share.of[k + i];
+            store_quad(write + k, quad.numbers);
+        }
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < OWN_OUTPUTS; ++k) {
+        if (first + k >= part.outputs) break;
+        write[k * LAYOUT.steps.write_channel] = to_storage(share.of[k]);
+    }
+}
+
+#endif
+
 // Where the thread reads the tile for the first tap of its first pixel, in bytes. A thread
 // behind the tile's end computes pixel 0 again; it isn't stored.
 __device__ __forceinline__ int find_place() {
@@ -706,7 +757,14 @@ __device__ __forceinline__ void add_chunk(int piece, const char* place, Sums& su
 
 // The items that a block computes: this one, and every gridDim.x-th from it on.
 #define FOR_ITEMS(number, end) \
-    for (unsigned number = blockIdx.x; number < (end); number += gridDim.x)
+    for (unsigned number = find_first(); number < (end); number += gridDim.x)
+
+// Chunks that a block computes of an item, and the first one of them.
+__device__ __forceinline__ int count_chunks() { return MANY_CHUNKS ? LAYOUT.own_chunks : 1; }
+
+__device__ __forceinline__ int find_first_chunk() {
+    return SPLITS == 1 ? 0 : blockIdx.x % SPLITS * LAYOUT.own_chunks;
+}
 
 // What the last warp does: it finds the next item while the others compute.
 __device__ __forceinline__ void scout(const Arguments& a, unsigned end, Item* items) {
@@ -718,21 +776,27 @@ __device__ __forceinline__ void scout(const Arguments& a, unsigned end, Item* it
             find_item(a, number + gridDim.x, items[turn]);
         }
         __syncwarp();
-        for (int chunk = 0; chunk < (MANY_CHUNKS ? LAYOUT.chunks : 1); ++chunk) {
+        for (int chunk = 0; chunk < count_chunks(); ++chunk) {
             meet();
             if (!BUFFERED) meet();
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(SPLITS, 1, 1)
+#else
+#define CLUSTER
+#endif
+
+extern "C" __global__ void CLUSTER __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
     conv2d_baked(const Arguments a) {
     const unsigned end = find_end(a);
-    if (blockIdx.x >= end) return;
+    if (find_first() >= end) return;
     SHARED_MEMORY(memory);
     Item* items = reinterpret_cast<Item*>(memory);
     char* tiles = memory + ITEMS * sizeof(Item);
-    if (threadIdx.x == WARPS * WARP) find_item(a, blockIdx.x, items[0]);
+    if (threadIdx.x == WARPS * WARP) find_item(a, find_first(), items[0]);
     const char* place = tiles + find_place();
     __syncthreads();
     if (threadIdx.x >= WARPS * WARP) {
@@ -742,25 +806,27 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
 
     int buffer = 0;
     int turn = 0;
-    load_tile<IN_FLIGHT>(items[0].input, tiles, 0, 0);
+    const int first_chunk = find_first_chunk();
+    load_tile<IN_FLIGHT>(items[0].input, tiles, 0, first_chunk * LAYOUT.chunk);
     FOR_ITEMS(number, end) {
         const Item& item = items[turn];
         turn = turn == ITEMS - 1 ? 0 : turn + 1;
         Sums sums;
-        for (int chunk = 0; chunk < (MANY_CHUNKS ? LAYOUT.chunks : 1); ++chunk) {
+        for (int own_chunk = 0; own_chunk < count_chunks(); ++own_chunk) {
+            const int chunk = first_chunk + own_chunk;
             finish_tile(tiles, buffer, chunk * LAYOUT.chunk);
             meet();
-            const bool goes_on = MANY_CHUNKS && chunk + 1 < LAYOUT.chunks;
+            const bool goes_on = own_chunk + 1 < count_chunks();
             const bool loads = goes_on || number + gridDim.x < end;
             const Window& next = goes_on ? item.input : items[turn].input;
-            const int next_channel = goes_on ? (chunk + 1) * LAYOUT.chunk : 0;
+            const int next_channel = (goes_on ? chunk + 1 : first_chunk) * LAYOUT.chunk;
             const int next_buffer = BUFFERED ? LAYOUT.buffer - buffer : 0;
             // Nobody reads the other buffer any more.
             if (loads && (BUFFERED || LANDS)) {
                 load_tile<IN_FLIGHT>(next, tiles, next_buffer, next_channel);
             }
             const int part = item.part + find_team();
-            if (chunk == 0) begin_sums(a, find_part(part), sums);
+            if (own_chunk == 0) begin_sums(a, find_part(part), sums);
             add_chunk(part * LAYOUT.chunks + chunk, place + buffer, sums);
             if (!BUFFERED) {
                 meet();
@@ -770,7 +836,19 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * WARP, RESIDENT)
             }
             buffer = next_buffer;
         }
+#if SPLITS > 1
+        offer(tiles + LAYOUT.stage, sums);
+        meet_cluster();
+        Share share;
+        collect(tiles + LAYOUT.stage, share);
+        // This block's memory has to be there as long as others may read it.
+        arrive_at_cluster();
+        activate_share(tiles + LAYOUT.stage, share, a.activation);
+        store_share(a, item, share);
+        wait_for_cluster();
+#else
         Accumulator* stage = reinterpret_cast<Accumulator*>(tiles + LAYOUT.stage);
         store(a, stage + threadIdx.x / WARP * WARP * STAGE_PITCH, item, sums);
+#endif
     }
 }

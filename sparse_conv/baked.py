@@ -83,6 +83,8 @@ class BakedConfig:
         vectors: Whether several channels are loaded at once, where they lie side by
             side. They have to be loaded even if few of them are used.
         teams: Teams of warps; each computes another part from the same tile.
+        splits: Blocks of a cluster, each of which computes with an equal share of the
+            input channels; they add their sums and share the outputs.
     """
 
     outputs: int
@@ -94,6 +96,7 @@ class BakedConfig:
     pixels: int = 1
     vectors: bool = True
     teams: int = 1
+    splits: int = 1
 
     @property
     def sums(self) -> int:
@@ -178,13 +181,13 @@ class BakedBlock:
         tile: The tiles in shared memory.
         tiling: How the outputs are divided into tiles.
         loading: How a tile is loaded.
-        chunks: Chunks of channels.
+        chunks: Chunks of channels, of all blocks of a cluster.
         parts: Pieces of work that have code of their own, each for all tiles. The teams
             of a block compute neighbouring ones, of the same group.
         group_parts: Parts of one group.
         multiprocessors: Those of the GPU.
         buffers: Tiles in shared memory: 2 if the next one is loaded meanwhile.
-        stage: Where outputs are staged, in bytes behind the items.
+        stage: Where outputs are staged, or sums exchanged, in bytes behind the items.
         landing: Where numbers that are to be converted land; the same.
         shared_mem_bytes: Shared memory of a block.
     """
@@ -203,6 +206,11 @@ class BakedBlock:
     shared_mem_bytes: int
 
     @property
+    def own_chunks(self) -> int:
+        """Chunks of one block."""
+        return self.chunks // self.config.splits
+
+    @property
     def most_blocks(self) -> int:
         """Blocks that the GPU can hold at a time."""
         return self.config.resident * self.multiprocessors
@@ -218,22 +226,25 @@ def make_baked_block(
     group_parts = -(-(gather.out_channels // gather.groups) // config.outputs)
     parts = gather.h.row_sets * gather.w.row_sets * gather.groups * group_parts
     items = parts // config.teams * tiling.subtiles
-    loading = _make_loading(gather, dtype, config, tile, chunks)
-    staged = config.warps * WARP * _stage_pitch(gather, dtype) * PACKS[dtype][1]
+    loading = _make_loading(gather, dtype, config, tile, chunks // config.splits)
+    # A thread's outputs take turns in the stage, but all sums are exchanged at once.
+    pitch = _stage_pitch(gather, dtype) if config.splits == 1 else config.sums
+    staged = config.warps * WARP * pitch * PACKS[dtype][1]
     landed = _landed_bytes(dtype, config, loading)
     most_blocks = config.resident * device.multiprocessors
     room = device.shared_mem_bytes + RESERVED_BYTES
     room = room // config.resident - RESERVED_BYTES - ITEMS * ITEM_BYTES
     room -= staged + landed
     # There is nothing to load ahead where a block has a single tile of all channels.
-    buffers = min(2 if chunks > 1 or items > most_blocks else 1, room // tile.nbytes)
+    goes_on = chunks > config.splits or (config.splits == 1 and items > most_blocks)
+    buffers = min(2 if goes_on else 1, room // tile.nbytes)
     if buffers < 1:
         return None
     stage = tile.nbytes * buffers
     landing = stage + staged
     shared = ITEMS * ITEM_BYTES + landing + landed
     # Items are padded to what a whole number of multiprocessors takes.
-    padded = items / _USED_MULTIPROCESSORS + device.multiprocessors
+    padded = items * config.splits / _USED_MULTIPROCESSORS + device.multiprocessors
     if padded > GRID_LIMIT or not is_near(gather):
         return None
     if _longest_step(gather, config, tile) > GRID_LIMIT:
@@ -241,6 +252,8 @@ def make_baked_block(
     if config.thread_rows * config.tile_w > config.team_warps * WARP:
         return None
     if group_parts % config.teams or config.warps % config.teams:
+        return None
+    if not _can_split(gather, config, chunks, device):
         return None
     return BakedBlock(
         config,
@@ -255,6 +268,22 @@ def make_baked_block(
         stage,
         landing,
         shared,
+    )
+
+
+def _can_split(
+    gather: Gather, config: BakedConfig, chunks: int, device: DeviceLimits
+) -> bool:
+    """Whether blocks can have equal shares of the channels, read and written."""
+    if config.splits == 1:
+        return True
+    group_in = gather.in_channels // gather.groups
+    return (
+        config.splits <= device.cluster_blocks
+        and config.pixels == 1
+        and config.outputs % config.splits == 0
+        and chunks % config.splits == 0
+        and group_in % config.chunk == 0
     )
 
 
@@ -568,7 +597,7 @@ def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
             0 if several else gather.h.origins[0],
             0 if several else gather.w.origins[0],
         ),
-        "chunks": (config.chunk, block.chunks, tile.nbytes),
+        "chunks": (config.chunk, block.own_chunks, block.chunks, tile.nbytes),
         "stores": (
             block.stage,
             block.landing,
@@ -577,7 +606,7 @@ def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
         "parts": (
             parts.start,
             len(parts),
-            *_shared_divisors(len(parts) // config.teams, block.multiprocessors),
+            *_shared_divisors(len(parts) // config.teams, block),
             *divisor_words(gather.groups * block.group_parts),
             *divisor_words(block.group_parts),
             *divisor_words(gather.w.row_sets),
@@ -591,7 +620,7 @@ def _layout(gather: Gather, block: BakedBlock, parts: range) -> Iterator[str]:
     yield "#define LAYOUT_NUMBERS " + ", \\\n    ".join(lines) + "\n"
 
 
-def code_sharers(kinds: int, multiprocessors: int) -> int:
+def code_sharers(kinds: int, block: BakedBlock) -> int:
     """Multiprocessors that compute the same parts of a function, or 0: all of them do.
 
     A multiprocessor has fetched a part's code when its next block, or the next tile,
@@ -599,19 +628,21 @@ def code_sharers(kinds: int, multiprocessors: int) -> int:
 
     Args:
         kinds: Kinds of blocks: parts, or groups of parts that teams compute together.
-        multiprocessors: Those of the GPU.
+        block: The blocks.
     """
-    sharers = multiprocessors // kinds
-    if kinds == 1 or sharers * kinds < _USED_MULTIPROCESSORS * multiprocessors:
+    if kinds == 1 or block.config.splits > 1:
+        # Clusters compute one tile each.
         return 0
-    return sharers
+    sharers = block.multiprocessors // kinds
+    used = sharers * kinds
+    return sharers if used >= _USED_MULTIPROCESSORS * block.multiprocessors else 0
 
 
-def _shared_divisors(kinds: int, multiprocessors: int) -> tuple[int, ...]:
-    sharers = code_sharers(kinds, multiprocessors)
+def _shared_divisors(kinds: int, block: BakedBlock) -> tuple[int, ...]:
+    sharers = code_sharers(kinds, block)
     if not sharers:
         return (0,) * 6
-    return *divisor_words(multiprocessors), *divisor_words(sharers)
+    return *divisor_words(block.multiprocessors), *divisor_words(sharers)
 
 
 def _code(entries: _Entries, parts: range, block: BakedBlock) -> Iterator[str]:
@@ -678,19 +709,21 @@ def baked_launch(
     config, tiles = block.config, block.tiling.subtiles
     kinds = len(function.parts) // config.teams
     items = kinds * tiles
-    sharers = code_sharers(kinds, block.multiprocessors)
+    sharers = code_sharers(kinds, block)
     if sharers:
         items = -(-tiles // sharers) * block.multiprocessors
+    blocks = min(items, block.most_blocks) if config.splits == 1 else items
     words = (activation, items, *divisor_words(tiles))
     return Launch(
         "conv2d_baked",
         _defines(dtype, block, gather.data_format),
-        (min(items, block.most_blocks), 1, 1),
+        (blocks * config.splits, 1, 1),
         ((config.warps + 1) * WARP, 1, 1),
         block.shared_mem_bytes,
         _POINTERS,
         pack_words((), words),
         function.code,
+        config.splits,
     )
 
 
@@ -706,7 +739,8 @@ def _defines(
         ("WARPS", str(config.warps)),
         ("TEAMS", str(config.teams)),
         ("RESIDENT", str(config.resident)),
-        ("MANY_CHUNKS", str(int(block.chunks > 1))),
+        ("SPLITS", str(config.splits)),
+        ("MANY_CHUNKS", str(int(block.own_chunks > 1))),
         ("BUFFERED", str(int(block.buffers > 1))),
         ("LOAD_VECTORS", str(int(block.tile.vector > 1))),
         *_loading_defines(block.loading),

@@ -6,6 +6,7 @@ functions; the code itself is generated in `baked`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,13 @@ from sparse_conv.baked import (
 )
 from sparse_conv.gather import Gather
 from sparse_conv.launch import WARP
-from sparse_conv.tiling import PACKS, DeviceLimits, phase_outputs, stored_bytes
+from sparse_conv.tiling import (
+    PACKS,
+    DeviceLimits,
+    make_tiling,
+    phase_outputs,
+    stored_bytes,
+)
 
 # The compiler takes a second for 15,000 to 20,000 of them, on one core.
 MOST_PRODUCTS = 60_000
@@ -40,6 +47,10 @@ _FEW_PRODUCTS = 1
 # they save. 11x11, 128 to 3 channels, 256x512, density 0.1, on an H100: 125 us with one
 # pixel, 162 with two; 32 to 3 channels: 30.4 and 28.7.
 _MOST_PIXEL_PRODUCTS = 6000
+
+# Blocks of a cluster, and those that share a multiprocessor.
+_SPLITS = (2, 4, 8)
+_MOST_SPLIT_RESIDENT = 2
 
 # The numbers below were fitted to 2,830 launches of 112 kernels, nearly all on an H200,
 # but for _NEXT_CACHED_BYTES, _CROWDED_* and _LATE_LOADS, which were then set by a few
@@ -75,8 +86,13 @@ _DOORS = 8
 # is more, each block fetches all its code from far, so many bytes a clock for 16 warps.
 _KEPT_BYTES = 313 * 1024
 _LOST_RATE = 4.629
+_LOST_DOOR_RATE = 20.0
 # The warps of a block that walk together; others have to be served by themselves.
 _TOGETHER = 8
+# What a cluster takes to exchange its sums: clocks for its barriers and latencies, and
+# bytes a clock of each multiprocessor.
+_EXCHANGE_CLOCKS = 1000
+_EXCHANGE_RATE = 11.0
 # Part of the peak that arithmetic reaches.
 _EFFICIENCY = 0.97
 # Instructions of a warp for each tile, and for each load.
@@ -105,13 +121,13 @@ _UNBUFFERED_CLOCKS = 142
 _MEMORY_RATE = 18.93
 _FIRST_TILE = 0.189
 # What reading the input again for another part costs.
-_REREAD = 0.457
+_REREAD = 0.52
 # The part of the shorter of two times that the longer one can't hide: of arithmetic and
 # loads from shared memory, of both and of fetching code, and of computation and memory,
 # with one block, two or more.
 _UNHIDDEN_LOADS = 0.166
 _UNHIDDEN_FETCHES = 0.076
-_UNHIDDEN_ALONE = 1.012
+_UNHIDDEN_ALONE = 0.94
 _UNHIDDEN = 0.728
 _UNHIDDEN_BLOCKS = 0.624
 # What tiles take that are higher than wide: they read and write shorter pieces of
@@ -175,13 +191,15 @@ def described(block: BakedBlock, nnz: int) -> str:
         f"{config.outputs} output channels of {config.pixels} pixel(s) a thread, "
         f"{config.chunk} input channels at a time"
     )
+    if config.splits > 1:
+        text = f"{text}, shared by clusters of {config.splits} blocks"
     return f"{text}, for {config.teams} teams" if config.teams > 1 else text
 
 
 def shortlist(
     gather: Gather, dtype: str, nnz: int, device: DeviceLimits, most: int
 ) -> list[BakedBlock]:
-    """The best configurations by the model, at most one of each tile and team.
+    """The best configurations by the model, at most one of each tile, team and cluster.
 
     Args:
         gather: What is computed; code can be generated for it.
@@ -197,7 +215,9 @@ def shortlist(
     possible = _costed(gather, dtype, nnz, device)
     for _, block in sorted(possible, key=lambda one: one[0]):
         config = block.config
-        tile = (config.outputs, config.teams, config.tile_h, config.tile_w)
+        tile = (
+            config.outputs, config.teams, config.splits, config.tile_h, config.tile_w
+        )  # fmt: skip
         best.setdefault(tile, block)
     return list(best.values())[:most]
 
@@ -286,6 +306,30 @@ def _blocks(
                             outputs, teams * needed, resident, tile_h, tile_w, chunk,
                             pixels, vectors, teams,
                         )  # fmt: skip
+            if pixels == 1:
+                alone = BakedConfig(
+                    outputs, needed, 1, tile_h, tile_w, 0, vectors=vectors
+                )
+                yield from _split(gather, alone, device)
+
+
+def _split(
+    gather: Gather, alone: BakedConfig, device: DeviceLimits
+) -> Iterator[BakedConfig]:
+    """The clusters of such blocks that find room on the GPU together."""
+    group_in = gather.in_channels // gather.groups
+    parts = -(-(gather.out_channels // gather.groups) // alone.outputs)
+    parts *= gather.h.row_sets * gather.w.row_sets * gather.groups
+    tiles = make_tiling(gather, alone.tile_h, alone.tile_w).subtiles
+    for splits in _SPLITS:
+        resident = -(-parts * tiles * splits // device.multiprocessors)
+        if resident > _MOST_SPLIT_RESIDENT or group_in % splits:
+            continue
+        own = group_in // splits
+        for chunk in (own, own // 2) if own % 2 == 0 else (own,):
+            yield dataclasses.replace(
+                alone, resident=resident, chunk=chunk, splits=splits
+            )
 
 
 def _even(extent: int, most: int) -> int:
@@ -351,15 +395,15 @@ def _function_clocks(
 ) -> float:
     """Predicted clocks of the launch of a function with so many parts."""
     config = block.config
-    products = nnz / block.parts * config.pixels
+    products = nnz / block.parts / config.splits * config.pixels
     loads = _loads(gather, products, block)
     instructions = (
         products
         + loads
         + _TILE_INSTRUCTIONS
-        + block.chunks * block.loading.turns * _load_instructions(dtype, block)
+        + block.own_chunks * block.loading.turns * _load_instructions(dtype, block)
     )
-    kinds = parts // config.teams
+    kinds = parts // config.teams * config.splits
     items = kinds * block.tiling.subtiles
     # Of the multiprocessor that has the most.
     tiles = -(-items // device.multiprocessors)
@@ -370,7 +414,7 @@ def _function_clocks(
     words = PACKS[dtype][1] / 4
     issue = warps * instructions * words / _EFFICIENCY
     shared = loads * block.tile.vector * words
-    shared += _COPY_CLOCKS * block.chunks * block.loading.turns
+    shared += _COPY_CLOCKS * block.own_chunks * block.loading.turns
     shared *= tiles * config.warps
     rounds += rest > 0
     computing = max(
@@ -384,13 +428,17 @@ def _function_clocks(
         crowd = code / config.teams / _CROWDED_BYTES
         computing *= max(1.0, crowd) ** _CROWDED_POWER
         again = tiles > resident or kinds * code > _KEPT_BYTES
-        if again and config.sums > _MANY_SUMS and block.chunks > 1:
+        if again and config.sums > _MANY_SUMS and block.own_chunks > 1:
             computing *= _LATE_LOADS
-    computing += rounds * block.chunks * (_CHUNK_CLOCKS + _wait_clocks(block.loading))
-    if block.buffers == 1 and block.chunks * tiles > 1:
+    chunks = block.own_chunks
+    computing += rounds * chunks * (_CHUNK_CLOCKS + _wait_clocks(block.loading))
+    if block.buffers == 1 and chunks * tiles > 1:
         # Without other blocks, nothing goes on while a tile is loaded.
         alone = block.tile.nbytes / _MEMORY_RATE if resident == 1 else 0.0
-        computing += tiles * block.chunks * (_UNBUFFERED_CLOCKS + alone)
+        computing += tiles * chunks * (_UNBUFFERED_CLOCKS + alone)
+    if config.splits > 1:
+        exchanged = tiles * config.warps * WARP * config.sums * PACKS[dtype][1]
+        computing += _EXCHANGE_CLOCKS + exchanged / _EXCHANGE_RATE
     memory = _memory_clocks(gather, dtype, block, parts, device)
     unhidden = (_UNHIDDEN_ALONE, _UNHIDDEN, _UNHIDDEN_BLOCKS)[min(resident, 3) - 1]
     first = block.tile.nbytes / _MEMORY_RATE * _FIRST_TILE
@@ -413,9 +461,10 @@ def _loads(gather: Gather, products: float, block: BakedBlock) -> float:
     """How many loads the products of a part need."""
     config, vector = block.config, block.tile.vector
     rows = gather.h.taps + (config.pixels - 1) * gather.h.stride
-    inputs = gather.row_length * rows / gather.h.taps
+    row_length = gather.row_length / config.splits
+    inputs = row_length * rows / gather.h.taps
     # Of the products that an input has on average, with a dense kernel.
-    most = config.sums * gather.row_length / max(1, inputs)
+    most = config.sums * row_length / max(1, inputs)
     met = 1 - (1 - min(1.0, products / max(1, inputs * most))) ** (most * vector)
     return inputs / vector * met
 
@@ -436,6 +485,8 @@ def _fetch_clocks(
     if kinds * code > _KEPT_BYTES:
         met_in_turn = min(kinds, -(-tiles // resident))
         first = max(first, met_in_turn * code / (_LOST_RATE * fetches))
+        if config.splits > 1:
+            first = max(first, met * code / _LOST_DOOR_RATE)
     # Blocks on a multiprocessor may be of different kinds.
     if min(kinds, resident) * code <= _CACHED_BYTES:
         return first

@@ -61,10 +61,22 @@ class DeviceLimits:
     Attributes:
         multiprocessors: Number of multiprocessors.
         shared_mem_bytes: The most shared memory that a block may ask for.
+        cluster_blocks: Blocks that may form a cluster; 1 where there are none.
     """
 
     multiprocessors: int
     shared_mem_bytes: int
+    cluster_blocks: int = 1
+
+
+def cluster_blocks(capability: int) -> int:
+    """Blocks that may form a cluster.
+
+    Args:
+        capability: Of the GPU, as 10 * major + minor.
+    """
+    # Every GPU that knows clusters at all has room for eight.
+    return 8 if capability >= 90 else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,20 +23,31 @@ from tests.problems import DTYPES, Data
 
 
 def fitted(config: BakedConfig, gather: Gather) -> BakedConfig:
-    """A configuration with no more outputs, teams and channels than there are."""
+    """A configuration with no more outputs, teams and channels than there are.
+
+    Nor has it more splits than can have equal shares of them.
+    """
+    group_in = gather.in_channels // gather.groups
     group_out = gather.out_channels // gather.groups
     outputs = min(config.outputs, group_out)
+    chunk = min(config.chunk, group_in)
+    if config.splits > 1:
+        chunk = math.gcd(chunk, group_in)
     return dataclasses.replace(
         config,
         outputs=outputs,
-        chunk=min(config.chunk, gather.in_channels // gather.groups),
+        chunk=chunk,
         teams=math.gcd(config.teams, -(-group_out // outputs)),
+        splits=math.gcd(config.splits, outputs, -(-group_in // chunk)),
     )
 
 
 def tight_gpu(gather: Gather, dtype: str, config: BakedConfig) -> DeviceLimits:
     """A GPU on which a block has no room for the next tile while it computes."""
     block = baked.make_baked_block(gather, dtype, config, LITTLE_GPU)
+    if config.splits > 1 and block.buffers == 1:
+        # It has nothing to load ahead.
+        return LITTLE_GPU
     assert block.buffers == 2
     return dataclasses.replace(LITTLE_GPU, shared_mem_bytes=block.shared_mem_bytes - 1)
 

@@ -37,7 +37,7 @@ from sparse_conv.problem import Geometry, Problem, make_problem
 from sparse_conv.tiling import make_block
 from tests.reference import conv2d_reference, dgrad_reference, wgrad_reference
 
-H200 = plan.DeviceLimits(132, 232448)
+H200 = plan.DeviceLimits(132, 232448, 8)
 Arrays = Mapping[str, np.ndarray | None]
 # (launch, arrays, names of the outputs) -> outputs
 Runner = Callable[[Launch, Arrays, tuple[str, ...]], dict[str, np.ndarray]]
@@ -217,13 +217,18 @@ def run_baked(run: Runner, case: Case, config: BakedConfig, device=H200) -> int:
         ("dgrad", dgrad_gather(p), case.pattern.dgrad_rows(dgrad_gather(p)), case.dy,
          p.input_shape, None),
     ):  # fmt: skip
+        group_in = gather.in_channels // gather.groups
         group_out = gather.out_channels // gather.groups
         outputs = min(config.outputs, group_out)
+        chunk = min(config.chunk, group_in)
+        if config.splits > 1:
+            chunk = math.gcd(chunk, group_in)
         fitted = dataclasses.replace(
             config,
             outputs=outputs,
-            chunk=min(config.chunk, gather.in_channels // gather.groups),
+            chunk=chunk,
             teams=math.gcd(config.teams, -(-group_out // outputs)),
+            splits=math.gcd(config.splits, outputs, -(-group_in // chunk)),
         )
         block = baked.make_baked_block(gather, case.dtype, fitted, device)
         if block is None:
@@ -331,6 +336,8 @@ BAKED_CONFIGS = [
     (BakedConfig(8, 2, 1, 4, 16, 2**20), H200),
     (BakedConfig(4, 2, 1, 10, 16, 4, pixels=4, vectors=False), LITTLE),
     (BakedConfig(3, 4, 2, 4, 16, 8, teams=2), LITTLE),
+    (BakedConfig(8, 2, 1, 4, 16, 2, splits=4), H200),
+    (BakedConfig(6, 4, 1, 4, 16, 1, teams=2, splits=2), H200),
 ]
 WGRAD_CONFIGS = [
     plan.WgradConfig(4, 2, 3, 8, 16, 3, 3),
@@ -403,8 +410,11 @@ def device_limits() -> plan.DeviceLimits:
     import cupy
 
     attributes = cupy.cuda.Device(0).attributes
+    capability = int(cupy.cuda.Device(0).compute_capability)
     return plan.DeviceLimits(
-        attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
+        attributes["MultiProcessorCount"],
+        attributes["MaxSharedMemoryPerBlockOptin"],
+        plan.cluster_blocks(capability),
     )
 
 

@@ -51,7 +51,13 @@ STRIPS = BakedConfig(
 TEAMS = BakedConfig(
     outputs=3, warps=2, resident=1, tile_h=4, tile_w=7, chunk=4, teams=2
 )
-CONFIGS = {"small": SMALL, "whole": WHOLE, "strips": STRIPS, "teams": TEAMS}
+# Clusters that share the channels, of which each block has several chunks.
+SPLITS = BakedConfig(
+    outputs=4, warps=2, resident=1, tile_h=3, tile_w=10, chunk=2, splits=2
+)
+CONFIGS = {
+    "small": SMALL, "whole": WHOLE, "strips": STRIPS, "teams": TEAMS, "splits": SPLITS
+}  # fmt: skip
 # Every kind of stride, dilation and padding, groups, both layouts.
 VARIED = [problem for problem in PROBLEMS if 0 not in problem.input_shape][::5]
 
@@ -138,6 +144,76 @@ def test_parts_may_be_divided_among_functions(teams, monkeypatch):
     assert len(calls) > 1
     exact = conv2d_reference(data.x, data.dense, problem)
     assert_exact(run_baked(calls), exact, "fprop")
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        # All blocks that there may be, and packets of four sums.
+        BakedConfig(32, 2, 1, 6, 9, 4, splits=8),
+        # Two parts at a time, the last of which is incomplete; packets of one sum.
+        BakedConfig(6, 4, 1, 5, 9, 4, teams=2, splits=2),
+        # Several chunks for each block, in one buffer after the other.
+        BakedConfig(16, 2, 1, 6, 9, 2, splits=4),
+    ],
+    ids=str,
+)
+def test_clusters_share_channels_and_outputs(config, dtype, layout):
+    problem = make((2, 11, 9, 32), (3, 3, 32, 34), 1, data_format=layout)
+    data = make_data(problem, dtype, 0.3, whole=True)
+    relu6 = get_activation("relu6")
+    calls = baked_fprop_calls(
+        problem, data, dtype, config, bias=data.bias, activation=relu6.code
+    )
+    for call in calls:
+        assert call.launch.cluster == config.splits
+        assert call.launch.grid[0] % config.splits == 0
+    shape = (-1,) if layout == "NHWC" else (-1, 1, 1)
+    exact = conv2d_reference(data.x, data.dense, problem) + data.bias.reshape(shape)
+    assert_exact(run_baked(calls), np.clip(exact, 0, 6), str(config))
+
+
+def test_clusters_are_refused_where_shares_would_differ():
+    gather = fprop_gather(make((1, 9, 9, 24), (3, 3, 24, 36)))
+    few = dataclasses.replace(LARGE_GPU, cluster_blocks=1)
+    for outputs, chunk, splits, device, possible in (
+        (12, 6, 4, LARGE_GPU, True), (12, 6, 8, LARGE_GPU, False),
+        (9, 6, 2, LARGE_GPU, False), (12, 16, 2, LARGE_GPU, False),
+        (12, 24, 2, LARGE_GPU, False), (12, 6, 4, few, False),
+    ):  # fmt: skip
+        config = BakedConfig(outputs, 2, 1, 4, 9, chunk, splits=splits)
+        block = baked.make_baked_block(gather, "float32", config, device)
+        assert (block is not None) == possible
+
+
+def test_small_images_with_many_channels_are_for_clusters():
+    gather = fprop_gather(make((1, 14, 14, 1024), (1, 1, 1024, 256)))
+    choice = baked_plan.choose_baked_block(gather, "float32", 13_000, LARGE_GPU)
+    assert choice.block.config.splits > 1
+    assert "clusters" in choice.reason
+    without = dataclasses.replace(LARGE_GPU, cluster_blocks=1)
+    alone = baked_plan.choose_baked_block(gather, "float32", 13_000, without)
+    assert alone.block.config.splits == 1
+    assert "clusters" not in alone.reason
+    assert choice.clocks < alone.clocks
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_clusters_compile_where_there_are_some(dtype):
+    problem = make((1, 7, 7, 64), (3, 3, 64, 64))
+    data = make_data(problem, dtype, 0.1, whole=False)
+    for outputs, splits in ((32, 8), (8, 4)):
+        config = BakedConfig(outputs, 2, 1, 7, 7, 8, splits=splits)
+        launch = baked_fprop_calls(problem, data, dtype, config)[0].launch
+        text = jit.source(launch.function, launch.code)
+        for architecture in architectures():
+            if architecture < 90:
+                continue
+            options = [*jit.options(launch.defines), f"-arch=sm_{architecture}"]
+            status, log = compile_text(text, "conv2d_baked.cu", options)
+            assert status == 0, log
 
 
 @pytest.mark.parametrize("problem", FEW_PROBLEMS, ids=str)
@@ -323,7 +399,9 @@ def test_the_shortlist_begins_with_the_choice_and_has_other_tiles():
     choice = baked_plan.choose_baked_block(gather, "float32", 500, LARGE_GPU)
     assert blocks[0].config == choice.block.config
     configs = [block.config for block in blocks]
-    tiles = {(one.outputs, one.teams, one.tile_h, one.tile_w) for one in configs}
+    tiles = {
+        (one.outputs, one.teams, one.splits, one.tile_h, one.tile_w) for one in configs
+    }
     assert len(tiles) == len(blocks) == 6
 
 

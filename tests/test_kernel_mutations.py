@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from sparse_conv import jit
+from sparse_conv.activations import get as get_activation
 from sparse_conv.baked import BakedConfig
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.plan import Direct, TileConfig, WgradConfig
@@ -186,12 +187,17 @@ WIDE_CONFIG = BakedConfig(2, 2, 1, 2, 32, 2)
 # Columns of several channels that one thread loads after the other.
 WIDE_VECTORS = make((1, 4, 70, 16), (20, 2, 16, 4), (1, 2))
 WIDE_VECTORS_CONFIG = BakedConfig(4, 1, 1, 1, 32, 16)
+# More channels than a block's share, and parts that are incomplete.
+SHARED = make((2, 9, 9, 16), (3, 3, 16, 22))
+SHARED_NCHW = make((1, 5, 9, 8), (3, 3, 8, 18), data_format="NCHW")
 # A part of four has five multiprocessors, and one has none; fifteen, more than tiles.
 SHARING_GPUS = [replace(LITTLE_GPU, multiprocessors=number) for number in (21, 61)]
 SAMPLE = re.compile(r'#line 1 "baked_code\.cuh"\n.*?(?=#line)', re.DOTALL)
 
 
 def check_baked(text: str) -> None:
+    # First, because this takes the least time to notice what it can.
+    check_baked_clusters(text)
     for problem, config in (
         (VECTORS, VECTORS_CONFIG), (NHWC, NUMBERS_CONFIG), (NCHW, NUMBERS_CONFIG),
         (NHWC, STRIPS_CONFIG), (WIDE, WIDE_CONFIG), (NHWC, TEAMS_CONFIG),
@@ -229,6 +235,28 @@ def check_baked_conversions(text: str) -> None:
             call = replace(call, launch=replace(call.launch, defines=defines))
         exact = conv2d_reference(data.x, data.dense, problem)
         assert_exact(run_own([call], text), exact, "fprop")
+
+
+def check_baked_clusters(text: str) -> None:
+    """Blocks that share the channels."""
+    gelu = get_activation("gelu")
+    for problem, config in (
+        (SHARED, BakedConfig(16, 2, 1, 5, 9, 2, splits=4)),
+        (SHARED, BakedConfig(6, 4, 1, 5, 9, 4, teams=2, splits=2)),
+        (SHARED_NCHW, BakedConfig(16, 2, 1, 5, 9, 4, splits=2)),
+    ):
+        data = make_data(problem, "float32", 0.8, whole=True)
+        bias = data.bias if problem is SHARED else data.bias[:, None, None]
+        exact = conv2d_reference(data.x, data.dense, problem) + bias
+        (call,) = baked_fprop_calls(
+            problem, data, "float32", config, LITTLE_GPU, bias=data.bias
+        )
+        assert_exact(run_own([call], text), exact, "fprop")
+    (call,) = baked_fprop_calls(
+        problem, data, "float32", config, LITTLE_GPU, activation=gelu.code
+    )
+    exact = gelu.function(conv2d_reference(data.x, data.dense, problem))
+    np.testing.assert_allclose(run_own([call], text), exact, rtol=1e-5, atol=1e-5)
 
 
 def run_own(calls: list[Call], text: str) -> np.ndarray:
@@ -368,7 +396,7 @@ MISTAKES = {
         (r"\|\| first >= a\.by_tiles\.divisor", ""),
         (r"divisor - 1 - first, LAYOUT", "divisor - first, LAYOUT"),
         (r"turns \* LAYOUT\.by_multiprocessors\.divisor", "a.items"),
-        (r"if \(blockIdx\.x >= end\) return;", ""),
+        (r"if \(find_first\(\) >= end\) return;", ""),
         (
             r"y \* LAYOUT\.geometry\.h\.stride \* LAYOUT\.row_pitch",
             "y * LAYOUT.row_pitch",
@@ -418,7 +446,8 @@ MISTAKES = {
         (r"stride \+\s+remainder\) \* LAYOUT\.row_turns", "stride) * LAYOUT.row_turns"),
         (r"goes_on \? item\.input : items\[turn\]\.input", "item.input"),
         (r"goes_on \? item\.input : items\[turn\]\.input", "items[turn].input"),
-        (r"goes_on \? \(chunk \+ 1\) \* LAYOUT\.chunk : 0", "0"),
+        (r"goes_on \? chunk \+ 1 : first_chunk", "first_chunk"),
+        (r"goes_on \? chunk \+ 1 : first_chunk", "chunk + 1"),
         (r"LAYOUT\.buffer - buffer", "0"),
         (r"wait_for_copies<0>\(\);", ""),
         (r"wait_for_copies<0>", "wait_for_copies<1>"),
@@ -429,6 +458,18 @@ MISTAKES = {
         (r"threadIdx\.x / WARP \* WARP \* STAGE_PITCH", "0"),
         (r"widening\(part\.first_output, LAYOUT\.steps\.write_channel\)", "0"),
         (r"widening\(first, LAYOUT\.steps\.write_channel\)", "0"),
+        # Clusters.
+        (r"return blockIdx\.x / SPLITS;", "return blockIdx.x;"),
+        (r"blockIdx\.x % SPLITS \* LAYOUT\.own_chunks", "0"),
+        (r"\|\| blockIdx\.x % SPLITS\) return;", ") return;"),
+        (r"block \* OWN_OUTPUTS \+ number \* PACKET", "number * PACKET"),
+        (r"block \* PACKETS \* WARPS", "block * WARPS"),
+        (r"\(own \+ turn\) % SPLITS", "own"),
+        (r"turn \? sum \+ packet", "turn > 1 ? sum + packet"),
+        (r"blockIdx\.x % SPLITS \* OWN_OUTPUTS", "0"),
+        (r"if \(first \+ k >= part\.outputs\) break;", ""),
+        (r"part\.first_output \+ first", "first"),
+        (r"k / PACKET \* WARPS \* WARP\]", "k / PACKET]"),
     ],
 }
 MUTATIONS = [
@@ -444,9 +485,12 @@ HARMLESS = {
     # The shuffles that follow wait for all lanes, and read no memory.
     ("conv2d_wgrad_direct", "const Accumulator sum = sum_over_lanes"),
     # The hardware wants the whole warp at the next barrier, the emulator does not.
-    ("conv2d_baked", "for (int chunk = 0; chunk < (MANY_CHUNKS"),
+    ("conv2d_baked", "for (int chunk = 0; chunk < count_chunks()"),
 }
-BARRIER = re.compile(r"(__sync(threads|warp)|\bmeet)\(\);")
+BARRIER = re.compile(
+    r"(__sync(threads|warp)|\bmeet(_cluster)?|\barrive_at_cluster|\bwait_for_cluster)"
+    r"\(\);"
+)
 
 
 def barriers(function: str) -> list[tuple[str, int]]:

@@ -408,8 +408,10 @@ def limits(place: Place) -> plan.DeviceLimits:
     """What a plan has to know of a GPU."""
     import cupy
 
-    attributes = cupy.cuda.Device(bridge.ordinal_of(place)).attributes
+    device = cupy.cuda.Device(bridge.ordinal_of(place))
+    attributes = device.attributes
     return plan.DeviceLimits(
         multiprocessors=attributes["MultiProcessorCount"],
         shared_mem_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+        cluster_blocks=plan.cluster_blocks(int(device.compute_capability)),
     )
