@@ -188,7 +188,7 @@ WIDE_CONFIG = BakedConfig(2, 2, 1, 2, 32, 2)
 WIDE_VECTORS = make((1, 4, 70, 16), (20, 2, 16, 4), (1, 2))
 WIDE_VECTORS_CONFIG = BakedConfig(4, 1, 1, 1, 32, 16)
 # More channels than a block's share, and parts that are incomplete.
-SHARED = make((2, 9, 9, 16), (3, 3, 16, 22))
+SHARED = make((2, 9, 9, 16), (3, 3, 16, 20))
 SHARED_NCHW = make((1, 5, 9, 8), (3, 3, 8, 18), data_format="NCHW")
 # A part of four has five multiprocessors, and one has none; fifteen, more than tiles.
 SHARING_GPUS = [replace(LITTLE_GPU, multiprocessors=number) for number in (21, 61)]
