@@ -54,6 +54,10 @@ def stored_bytes(dtype: str) -> int:
     return 2 if dtype in ("float16", "bfloat16") else PACKS[dtype][1]
 
 
+# With so many multiprocessors, some of them are neighbours enough for any cluster.
+_CLUSTER_MULTIPROCESSORS = 64
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceLimits:
     """What a plan has to know of a GPU.
@@ -69,14 +73,16 @@ class DeviceLimits:
     cluster_blocks: int = 1
 
 
-def cluster_blocks(capability: int) -> int:
+def cluster_blocks(capability: int, multiprocessors: int) -> int:
     """Blocks that may form a cluster.
 
     Args:
         capability: Of the GPU, as 10 * major + minor.
+        multiprocessors: Those of the GPU, or of the slice of it that is used.
     """
-    # Every GPU that knows clusters at all has room for eight.
-    return 8 if capability >= 90 else 1
+    # Eight blocks need eight multiprocessors that are neighbours. Small GPUs, and
+    # slices of large ones, may not have them, and would refuse the launch.
+    return 8 if capability >= 90 and multiprocessors >= _CLUSTER_MULTIPROCESSORS else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -411,10 +411,11 @@ def device_limits() -> plan.DeviceLimits:
 
     attributes = cupy.cuda.Device(0).attributes
     capability = int(cupy.cuda.Device(0).compute_capability)
+    multiprocessors = attributes["MultiProcessorCount"]
     return plan.DeviceLimits(
-        attributes["MultiProcessorCount"],
+        multiprocessors,
         attributes["MaxSharedMemoryPerBlockOptin"],
-        plan.cluster_blocks(capability),
+        plan.cluster_blocks(capability, multiprocessors),
     )
 
 

@@ -212,3 +212,10 @@ def test_compress_needs_32_bit_slots():
         plan.compress_launch(
             fprop_gather(problem), "float32", problem.kernel_shape, transposed=False
         )
+
+
+def test_clusters_need_hardware_that_has_them_and_room():
+    for capability, multiprocessors, blocks in (
+        (90, 132, 8), (120, 170, 8), (89, 142, 1), (80, 108, 1), (90, 16, 1),
+    ):  # fmt: skip
+        assert plan.cluster_blocks(capability, multiprocessors) == blocks

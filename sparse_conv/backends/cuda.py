@@ -410,8 +410,11 @@ def limits(place: Place) -> plan.DeviceLimits:
 
     device = cupy.cuda.Device(bridge.ordinal_of(place))
     attributes = device.attributes
+    multiprocessors = attributes["MultiProcessorCount"]
     return plan.DeviceLimits(
-        multiprocessors=attributes["MultiProcessorCount"],
+        multiprocessors=multiprocessors,
         shared_mem_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
-        cluster_blocks=plan.cluster_blocks(int(device.compute_capability)),
+        cluster_blocks=plan.cluster_blocks(
+            int(device.compute_capability), multiprocessors
+        ),
     )
