@@ -211,7 +211,7 @@ def check_baked(text: str) -> None:
         (VECTORS, VECTORS_CONFIG), (NHWC, NUMBERS_CONFIG), (NCHW, NUMBERS_CONFIG),
         (NHWC, STRIPS_CONFIG), (WIDE, WIDE_CONFIG), (NHWC, TEAMS_CONFIG),
     ):  # fmt: skip
-        data = make_data(problem, "float32", 0.8, whole=True)
+        data = make_data(problem, "float32", 0.3, whole=True)
         bias = data.bias if problem is not NCHW else data.bias[:, None, None]
         gather = fprop_gather(problem)
         tight = tight_gpu(gather, "float32", fitted(config, gather))
@@ -237,7 +237,7 @@ def check_baked_conversions(text: str) -> None:
         (WIDE_VECTORS, WIDE_VECTORS_CONFIG, "float16"),
         (NHWC, NUMBERS_CONFIG, "float16"),
     ):
-        data = make_data(problem, dtype, 0.8, whole=True)
+        data = make_data(problem, dtype, 0.3, whole=True)
         (call,) = baked_fprop_calls(problem, data, dtype, config, LITTLE_GPU)
         if "IN_FLIGHT" in dict(call.launch.defines):
             # Several turns, the last one of which isn't whole.
@@ -255,7 +255,7 @@ def check_baked_clusters(text: str) -> None:
         (SHARED, BakedConfig(6, 4, 1, 5, 9, 4, teams=2, splits=2)),
         (SHARED_NCHW, BakedConfig(16, 2, 1, 5, 9, 4, splits=2)),
     ):
-        data = make_data(problem, "float32", 0.8, whole=True)
+        data = make_data(problem, "float32", 0.3, whole=True)
         bias = data.bias if problem is SHARED else data.bias[:, None, None]
         exact = conv2d_reference(data.x, data.dense, problem) + bias
         (call,) = baked_fprop_calls(
