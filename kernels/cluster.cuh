@@ -1,4 +1,4 @@
-// Clusters: blocks that run at the same time and write each other's shared memory.
+// Clusters: blocks that run at the same time and reach each other's shared memory.
 //
 // Every thread of a cluster that still runs arrives at its barrier and then waits, in turns.
 // What one did before it arrived is done for all who have waited. A block's memory exists for

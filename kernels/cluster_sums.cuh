@@ -77,7 +77,7 @@ __device__ __forceinline__ void collect(char* exchange, Share& share) {
 }
 
 // Applies the activation to a share. All but the shortest one are applied in memory, where
-// what has been received has served: their code stands there once.
+// the block's own sums have served, which it alone reads: their code stands there once.
 __device__ __forceinline__ void activate_share(
     char* exchange, Share& share, int activation) {
     if (activation == RELU) {

@@ -402,14 +402,14 @@ def _function_clocks(
     device: DeviceLimits,
 ) -> float:
     """Predicted clocks of the launch of a function with so many parts."""
-    config = block.config
+    config, chunks = block.config, block.own_chunks
     products = nnz / block.parts / config.splits * config.pixels
     loads = _loads(gather, products, block)
     instructions = (
         products
         + loads
         + _TILE_INSTRUCTIONS
-        + block.own_chunks * block.loading.turns * _load_instructions(dtype, block)
+        + chunks * block.loading.turns * _load_instructions(dtype, block)
     )
     kinds = parts // config.teams * config.splits
     items = kinds * block.tiling.subtiles
@@ -422,7 +422,7 @@ def _function_clocks(
     words = PACKS[dtype][1] / 4
     issue = warps * instructions * words / _EFFICIENCY
     shared = loads * block.tile.vector * words
-    shared += _COPY_CLOCKS * block.own_chunks * block.loading.turns
+    shared += _COPY_CLOCKS * chunks * block.loading.turns
     shared *= tiles * config.warps
     rounds += rest > 0
     computing = max(
@@ -436,9 +436,8 @@ def _function_clocks(
         crowd = code / config.teams / _CROWDED_BYTES
         computing *= max(1.0, crowd) ** _CROWDED_POWER
         again = tiles > resident or kinds * code > _KEPT_BYTES
-        if again and config.sums > _MANY_SUMS and block.own_chunks > 1:
+        if again and config.sums > _MANY_SUMS and chunks > 1:
             computing *= _LATE_LOADS
-    chunks = block.own_chunks
     computing += rounds * chunks * (_CHUNK_CLOCKS + _wait_clocks(block.loading))
     if block.buffers == 1 and chunks * tiles > 1:
         # Without other blocks, nothing goes on while a tile is loaded.

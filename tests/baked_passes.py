@@ -7,7 +7,6 @@ should be.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -18,28 +17,9 @@ from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Rows
 from sparse_conv.problem import Problem
 from sparse_conv.tiling import DeviceLimits
+from tests.baked_configs import fitted
 from tests.emulated_passes import LARGE_GPU, LITTLE_GPU, Call, run_calls
 from tests.problems import DTYPES, Data
-
-
-def fitted(config: BakedConfig, gather: Gather) -> BakedConfig:
-    """A configuration with no more outputs, teams and channels than there are.
-
-    Nor has it more splits than can have equal shares of them.
-    """
-    group_in = gather.in_channels // gather.groups
-    group_out = gather.out_channels // gather.groups
-    outputs = min(config.outputs, group_out)
-    chunk = min(config.chunk, group_in)
-    if config.splits > 1:
-        chunk = math.gcd(chunk, group_in)
-    return dataclasses.replace(
-        config,
-        outputs=outputs,
-        chunk=chunk,
-        teams=math.gcd(config.teams, -(-group_out // outputs)),
-        splits=math.gcd(config.splits, outputs, -(-group_in // chunk)),
-    )
 
 
 def tight_gpu(gather: Gather, dtype: str, config: BakedConfig) -> DeviceLimits:

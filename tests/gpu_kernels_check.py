@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ from sparse_conv.launch import Launch
 from sparse_conv.pattern import Pattern, Rows
 from sparse_conv.problem import Geometry, Problem, make_problem
 from sparse_conv.tiling import make_block
+from tests.baked_configs import fitted
 from tests.reference import conv2d_reference, dgrad_reference, wgrad_reference
 
 H200 = plan.DeviceLimits(132, 232448, 8)
@@ -217,20 +217,9 @@ def run_baked(run: Runner, case: Case, config: BakedConfig, device=H200) -> int:
         ("dgrad", dgrad_gather(p), case.pattern.dgrad_rows(dgrad_gather(p)), case.dy,
          p.input_shape, None),
     ):  # fmt: skip
-        group_in = gather.in_channels // gather.groups
-        group_out = gather.out_channels // gather.groups
-        outputs = min(config.outputs, group_out)
-        chunk = min(config.chunk, group_in)
-        if config.splits > 1:
-            chunk = math.gcd(chunk, group_in)
-        fitted = dataclasses.replace(
-            config,
-            outputs=outputs,
-            chunk=chunk,
-            teams=math.gcd(config.teams, -(-group_out // outputs)),
-            splits=math.gcd(config.splits, outputs, -(-group_in // chunk)),
+        block = baked.make_baked_block(
+            gather, case.dtype, fitted(config, gather), device
         )
-        block = baked.make_baked_block(gather, case.dtype, fitted, device)
         if block is None:
             continue
         arrays = {

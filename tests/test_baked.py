@@ -17,11 +17,11 @@ from sparse_conv.activations import get as get_activation
 from sparse_conv.baked import BakedConfig
 from sparse_conv.gather import dgrad_gather, fprop_gather
 from sparse_conv.launch import Launch
+from tests.baked_configs import fitted
 from tests.baked_passes import (
     baked_calls,
     baked_dgrad_calls,
     baked_fprop_calls,
-    fitted,
     run_baked,
     tight_gpu,
 )

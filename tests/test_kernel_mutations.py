@@ -20,10 +20,10 @@ from sparse_conv.activations import get as get_activation
 from sparse_conv.baked import BakedConfig
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.plan import Direct, TileConfig, WgradConfig
+from tests.baked_configs import fitted
 from tests.baked_passes import (
     baked_dgrad_calls,
     baked_fprop_calls,
-    fitted,
     run_baked,
     tight_gpu,
 )
