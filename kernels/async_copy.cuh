@@ -10,6 +10,11 @@
 
 #include "prelude.cuh"
 
+// Whether 16 bytes that are copied may leave the L2 cache before anything else does.
+#ifndef STREAMS_IN
+#define STREAMS_IN 0
+#endif
+
 #if defined(CUDA_EMULATION)
 #elif __CUDA_ARCH__ < 800
 
@@ -35,7 +40,16 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
     const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     // Of a source of no bytes nothing is read, wherever it lies; zeros fill the target.
     const int bytes = exists ? BYTES : 0;
-    if (BYTES == 16) {
+    if (BYTES == 16 && STREAMS_IN) {
+        // Made anew each time: it would take registers until the next tile is loaded.
+        asm volatile(
+            "{ .reg .b64 policy;\n"
+            "createpolicy.fractional.L2::evict_first.b64 policy;\n"
+            "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, policy; }" ::"r"(
+                target),
+            "l"(global), "r"(bytes)
+            : "memory");
+    } else if (BYTES == 16) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target),
                      "l"(global), "r"(bytes)
                      : "memory");

@@ -189,19 +189,29 @@ struct alignas(sizeof(Storage) * QUAD < 16 ? sizeof(Storage) * QUAD : 16) Storag
     Storage numbers[QUAD];
 };
 
-// Stores four numbers at an address that is aligned for a StorageQuad. The intrinsic
-// stays one instruction; a plain assignment may be compiled into four.
+// Whether what is stored by quads may leave the L2 cache before anything else does.
+#ifndef STREAMS_OUT
+#define STREAMS_OUT 0
+#endif
+#if STREAMS_OUT
+#define STORE_WHOLE __stcs
+#else
+#define STORE_WHOLE __stcg
+#endif
+
+// Stores four numbers at an address that is aligned for a StorageQuad. The intrinsics stay
+// one instruction; a plain assignment may be compiled into four.
 __device__ __forceinline__ void store_quad(Storage* to, const Accumulator (&from)[QUAD]) {
 #if DTYPE == FLOAT64
-    __stcg(reinterpret_cast<double2*>(to), make_double2(from[0], from[1]));
-    __stcg(reinterpret_cast<double2*>(to) + 1, make_double2(from[2], from[3]));
+    STORE_WHOLE(reinterpret_cast<double2*>(to), make_double2(from[0], from[1]));
+    STORE_WHOLE(reinterpret_cast<double2*>(to) + 1, make_double2(from[2], from[3]));
 #elif DTYPE == FLOAT32
-    __stcg(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+    STORE_WHOLE(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
 #elif DTYPE == INT32
-    __stcg(reinterpret_cast<uint4*>(to), make_uint4(from[0], from[1], from[2], from[3]));
+    STORE_WHOLE(reinterpret_cast<uint4*>(to), make_uint4(from[0], from[1], from[2], from[3]));
 #else
-    __stcg(reinterpret_cast<uint2*>(to), make_uint2(to_storage_pair(from[0], from[1]),
-                                                    to_storage_pair(from[2], from[3])));
+    STORE_WHOLE(reinterpret_cast<uint2*>(to), make_uint2(to_storage_pair(from[0], from[1]),
+                                                         to_storage_pair(from[2], from[3])));
 #endif
 }
 

@@ -190,6 +190,9 @@ class BakedBlock:
         stage: Where outputs are staged, or sums exchanged, in bytes behind the items.
         landing: Where numbers that are to be converted land; the same.
         shared_mem_bytes: Shared memory of a block.
+        streams_in: Whether what is read may leave the GPU's L2 cache first, before the
+            code does.
+        streams_out: Whether what is written may.
     """
 
     config: BakedConfig
@@ -204,6 +207,8 @@ class BakedBlock:
     stage: int
     landing: int
     shared_mem_bytes: int
+    streams_in: bool = False
+    streams_out: bool = False
 
     @property
     def own_chunks(self) -> int:
@@ -744,6 +749,8 @@ def _defines(
         ("BUFFERED", str(int(block.buffers > 1))),
         ("LOAD_VECTORS", str(int(block.tile.vector > 1))),
         *_loading_defines(block.loading),
+        ("STREAMS_IN", str(int(block.streams_in))),
+        ("STREAMS_OUT", str(int(block.streams_out))),
         ("CHANNELS_LAST", str(int(data_format == "NHWC"))),
     )
 

@@ -66,11 +66,13 @@ class DeviceLimits:
         multiprocessors: Number of multiprocessors.
         shared_mem_bytes: The most shared memory that a block may ask for.
         cluster_blocks: Blocks that may form a cluster; 1 where there are none.
+        l2_bytes: Size of the cache that all multiprocessors share; 0 if it isn't known.
     """
 
     multiprocessors: int
     shared_mem_bytes: int
     cluster_blocks: int = 1
+    l2_bytes: int = 0
 
 
 def cluster_blocks(capability: int, multiprocessors: int) -> int:

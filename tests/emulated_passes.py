@@ -23,7 +23,7 @@ from tests.problems import DTYPES, Data
 
 # They choose different tiles.
 SMALL_GPU = plan.DeviceLimits(multiprocessors=2, shared_mem_bytes=48 * 1024)
-LARGE_GPU = plan.DeviceLimits(132, 227 * 1024, 8)
+LARGE_GPU = plan.DeviceLimits(132, 227 * 1024, 8, 60 * 2**20)
 # Its blocks have to do several pieces of work, one after the other.
 LITTLE_GPU = plan.DeviceLimits(1, 227 * 1024, 8)
 

@@ -269,6 +269,42 @@ def test_compiles_for_every_architecture(case):
         assert status == 0, log
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_leaves_the_cache_first_compiles(dtype):
+    launch = sample(dtype, "NHWC", 8, 8, True)
+    defines = {**dict(launch.defines), "STREAMS_IN": "1", "STREAMS_OUT": "1"}
+    text = jit.source(launch.function, launch.code)
+    for architecture in (architectures()[0], 80, architectures()[-1]):
+        options = [*jit.options(tuple(defines.items())), f"-arch=sm_{architecture}"]
+        status, log = compile_text(text, "conv2d_baked.cu", options)
+        assert status == 0, log
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "nnz", "read", "written"),
+    [
+        # Much code, and more data than the cache has room for beside it.
+        ((1, 256, 512, 32), (11, 11, 32, 64), 24_000, True, True),
+        # So much code that reading from memory again costs more.
+        ((1, 256, 512, 32), (11, 11, 32, 64), 49_000, False, True),
+        # Little code.
+        ((1, 256, 512, 32), (11, 11, 32, 64), 2_000, False, False),
+        # Little data.
+        ((1, 28, 28, 128), (3, 3, 128, 128), 15_000, False, False),
+        # Results that are larger than the cache.
+        ((1, 512, 512, 3), (11, 11, 3, 64), 2_300, False, True),
+        ((32, 224, 224, 64), (3, 3, 64, 64), 3_700, False, True),
+    ],
+)
+def test_what_leaves_the_cache_first(shape, kernel, nnz, read, written):
+    gather = fprop_gather(make(shape, kernel))
+    block = baked_plan.choose_baked_block(gather, "float32", nnz, LARGE_GPU).block
+    assert (block.streams_in, block.streams_out) == (read, written)
+    unknown = dataclasses.replace(LARGE_GPU, l2_bytes=0)
+    block = baked_plan.choose_baked_block(gather, "float32", nnz, unknown).block
+    assert (block.streams_in, block.streams_out) == (False, False)
+
+
 def test_the_sample_compiles_by_itself():
     options = [*jit.options(()), f"-arch=sm_{architectures()[-1]}"]
     status, log = compile_text(jit.source("conv2d_baked"), "conv2d_baked.cu", options)

@@ -417,4 +417,5 @@ def limits(place: Place) -> plan.DeviceLimits:
         cluster_blocks=plan.cluster_blocks(
             int(device.compute_capability), multiprocessors
         ),
+        l2_bytes=attributes["L2CacheSize"],
     )

@@ -167,6 +167,10 @@ template <class T>
 void __stcg(T* address, T value) {
     *address = value;
 }
+template <class T>
+void __stcs(T* address, T value) {
+    *address = value;
+}
 
 inline void pause(int) {}
 
