@@ -75,7 +75,7 @@ _FETCH_POWER = 0.449
 _CROWDED_BYTES = 320 * 1024
 _CROWDED_POWER = 1.0
 # So many sums leave few registers to load ahead into. Where code comes from far again
-# and again, too, the waits for both add up.
+# and again, too, the waits for both add up, unless the code stays in the L2 cache.
 _MANY_SUMS = 32
 _LATE_LOADS = 1.4
 # The same for code that is met for the first time, and for all parts together, which
@@ -243,8 +243,8 @@ def _costed(
     for config in _candidates(gather, dtype, nnz, device):
         block = make_baked_block(gather, dtype, config, device)
         if block is not None and block.parts * block.chunks <= MOST_PIECES:
-            clocks = baked_clocks(gather, dtype, nnz, block, device)
-            yield clocks, _streaming(gather, dtype, nnz, block, device)
+            block = _streaming(gather, dtype, nnz, block, device)
+            yield baked_clocks(gather, dtype, nnz, block, device), block
 
 
 def _reason_against(gather: Gather, dtype: str, nnz: int) -> str | None:
@@ -480,7 +480,8 @@ def _function_clocks(
         crowd = code / config.teams / _CROWDED_BYTES
         computing *= max(1.0, crowd) ** _CROWDED_POWER
         again = tiles > resident or kinds * code > _KEPT_BYTES
-        if again and config.sums > _MANY_SUMS and chunks > 1:
+        late = again and config.sums > _MANY_SUMS and chunks > 1
+        if late and not block.streams_in:
             computing *= _LATE_LOADS
     computing += rounds * chunks * (_CHUNK_CLOCKS + _wait_clocks(block.loading))
     if block.buffers == 1 and chunks * tiles > 1:
