@@ -142,8 +142,8 @@ _TALL = 1.01
 # What is read and written pushes code out of the L2 cache, from where multiprocessors
 # fetch what they can't keep, unless it leaves that cache first. That pays for so much
 # code; more is slower if what is read has to come from memory again. 11x11, 32 to 64
-# channels, 256x512, densities 0.05, 0.1, 0.15, on an H200: 123, 178, 238 us; where what
-# is written leaves first 113, 165, 222; where what is read does, too, 98, 156, 262.
+# channels, 256x512, densities 0.05, 0.1 and 0.15, on an H200: 121, 178 and 238 us; 98,
+# 156 and 262 if it leaves first.
 _STREAMING_CODE_BYTES = (96 * 1024, 512 * 1024)
 # Bytes of a copy that can say so.
 _STREAMED_COPY = 16
@@ -412,12 +412,11 @@ def _streaming(
     read, written = (size * numbers for numbers in _numbers(gather))
     code = _code_bytes(gather, nnz, block) * block.parts // block.config.teams
     least, most = _STREAMING_CODE_BYTES
-    pushes = code > least and 2 * (read + written) > device.l2_bytes
+    pushes = least < code <= most and 2 * (read + written) > device.l2_bytes
     return dataclasses.replace(
         block,
         # Tiles that are read by several blocks in turn are wanted again.
         streams_in=pushes
-        and code <= most
         and block.parts == block.config.teams
         and block.loading.unit * size == _STREAMED_COPY,
         # Of what is larger than the cache, nothing is left for whoever reads it.
