@@ -28,7 +28,7 @@ from sparse_conv._cli import machine as machine_names
 from sparse_conv.activations import LINEAR
 from sparse_conv.bridge import HOST, Place, gpu_place
 from sparse_conv.choice import PASSES, favoured
-from sparse_conv.costs.terms import sparse_terms
+from sparse_conv.costs.terms import cpu_terms
 from sparse_conv.explanation import median_microseconds
 from sparse_conv.problem import Problem, make_problem, normalize_geometry
 from sparse_conv.streams import wait_for_devices
@@ -94,6 +94,9 @@ def layers(on_gpu: bool) -> Iterator[Layer]:
             yield Layer(batch, (size, size), 3, channels, channels)
             yield Layer(batch, (size, size), 1, 4 * channels, channels)
             yield Layer(batch, (size, size), 1, channels, 4 * channels)
+    if not on_gpu:
+        for batch in (1, 8):
+            yield Layer(batch, (14, 14), 3, 512, 512)
     yield Layer(1, (56, 56), 3, 128, 128, stride=2)
     yield Layer(8, (56, 56), 1, 256, 512, stride=2)
     yield Layer(1, (224, 224), 7, 3, 64, stride=2)
@@ -162,7 +165,7 @@ class Bench:
             terms = dense.terms(name, problem, tf.as_dtype(dtype), self.machine)
             return f"dense {name}{precision}", terms
         if self.place.kind == "CPU":
-            terms = sparse_terms(name, problem, nnz, itemsize, self.machine)
+            terms = cpu_terms(name, problem, nnz, itemsize, self.machine)
         else:
             from sparse_conv.backends import cuda, cuda_costs
 

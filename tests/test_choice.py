@@ -17,10 +17,12 @@ from hypothesis import given, settings
 
 import sparse_conv
 from sparse_conv import backends, costs, dense, explanation
+from sparse_conv.backends import cpu_plan
 from sparse_conv.bridge import HOST, gpu_place, place_of
 from sparse_conv.choice import MARGINS, PASSES, Question, choose, favoured
 from sparse_conv.convolution import Convolution
 from sparse_conv.costs import Estimate, Machine
+from sparse_conv.costs.terms import cpu_terms
 from sparse_conv.problem import make_problem, normalize_geometry
 from tests import ours
 from tests.conftest import skip_unless_usable
@@ -519,6 +521,23 @@ def test_more_nonzeros_never_cost_less(name):
 def test_machines_that_nobody_measured_have_costs():
     assert costs.numbers("cpu-other") == costs.numbers("cpu-avx2")
     assert costs.numbers("cuda-sm999") == costs.numbers("cuda-sm90")
+
+
+@pytest.mark.parametrize("core", cpu_plan.CORES)
+def test_every_kind_of_core_was_measured(core):
+    machine = Machine(f"cpu-{core}", 2, 8)
+    assert costs.is_measured(machine.kind)
+    terms = cpu_terms("fprop", question().problem, 10, 4, machine)
+    assert costs.microseconds(machine, "generic fprop", terms) > 0
+
+
+def test_only_large_sums_are_deep():
+    machine = Machine("cpu-avx2", 2, 8)
+    geometry = normalize_geometry(1, "SAME")
+    for channels in (64, 512):
+        problem = make_problem((1, 9, 9, channels), (3, 3, channels, 8), geometry)
+        terms = cpu_terms("fprop", problem, 100, 4, machine)
+        assert terms["deep"] == (terms["products"] if channels == 512 else 0)
 
 
 # explain and prepare

@@ -98,6 +98,20 @@ def test_the_name_follows_from_what_decides_the_code(monkeypatch, fresh_circumst
     assert len(keys) == 5
 
 
+@pytest.mark.parametrize(
+    ("features", "core"),
+    [
+        ("+avx2,-avx512f", "avx2"),
+        ("+avx2,+avx512f,-amx-tile", "avx512"),
+        ("+amx-tile,+avx2,+avx512f", "amx"),
+        ("+amx-tile,+avx2", "avx2"),
+    ],
+)
+def test_the_core_follows_from_what_numba_compiles_for(monkeypatch, features, core):
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", features)
+    assert cpu_code.core.__wrapped__() == core
+
+
 CALL = """
 import sys
 import numpy as np

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from sparse_conv.backends import cpu_loops, cpu_memory, cpu_plan, cpu_threads
+from sparse_conv.backends import (
+    cpu_code,
+    cpu_loops,
+    cpu_memory,
+    cpu_plan,
+    cpu_threads,
+)
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Pattern, Rows
 from tests.reference import conv2d_reference, dgrad_reference, wgrad_reference
@@ -199,6 +205,32 @@ def test_outputs_that_pass_the_caches_by(call, dtype, threads, aligned):
     assert_exact(write, references(call, data)["fprop"], "fprop")
     rest = np.delete(memory, np.s_[begin : begin + size])
     assert np.array_equal(rest, poisoned(rest.shape, rest.dtype), equal_nan=True)
+
+
+@pytest.mark.usefixtures("streams_all")
+@pytest.mark.parametrize("core", cpu_plan.CORES)
+@pytest.mark.parametrize("call", STREAMED + LARGE, ids=lambda call: str(call.problem))
+def test_plans_for_every_kind_of_core_agree_with_the_reference(call, core, monkeypatch):
+    monkeypatch.setattr(cpu_code, "core", lambda: core)
+    check(replace(call, integers=True))
+
+
+def test_gradients_do_not_follow_the_kind_of_core(monkeypatch):
+    call = LARGE[3]
+    gather, (pattern, _) = fprop_gather(call.problem), sparse(make_data(call).kernel)
+    plans = []
+    for core in cpu_plan.CORES:
+        monkeypatch.setattr(cpu_code, "core", lambda core=core: core)
+        entries = cpu_loops.prepare_wgrad(
+            gather, pattern.fprop_rows(), np.dtype("float32")
+        )
+        plans.append(entries.tables.plan)
+    assert len(set(plans)) == 1
+
+
+def test_any_time_to_wait_for_is_some_rounds():
+    assert cpu_threads._rounds(0.0) == 1
+    assert cpu_threads._rounds(1e-3) > 1
 
 
 @settings(max_examples=EXAMPLES // 3)

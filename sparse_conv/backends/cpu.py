@@ -18,14 +18,12 @@ from sparse_conv import bridge, costs
 from sparse_conv.backends import cpu_code, cpu_loops, cpu_memory, cpu_threads
 from sparse_conv.bridge import HOST, Place
 from sparse_conv.costs import Estimate
-from sparse_conv.costs.terms import sparse_terms
+from sparse_conv.costs.terms import cpu_terms
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Pattern, Rows
 from sparse_conv.problem import Problem
 from sparse_conv.tensor_cache import cached
 
-# float32 numbers in a vector -> the machines whose costs were measured.
-_KINDS = {16: "cpu-avx512", 8: "cpu-avx2"}
 _NEVER_BAKED = (
     "the CPU back end generates no code for a pattern: its loops read patterns at run "
     "time"
@@ -149,8 +147,8 @@ def machine(place: Place) -> costs.Machine:
     """The vectors and threads that a call uses, wherever its tensors live."""
     del place
     lanes = cpu_code.vector_bytes() // 4
-    kind = _KINDS.get(lanes, "cpu-avx2")
-    return costs.Machine(kind, cpu_threads.thread_count(_wanted_threads()), lanes)
+    threads = cpu_threads.thread_count(_wanted_threads())
+    return costs.Machine(f"cpu-{cpu_code.core()}", threads, lanes)
 
 
 def estimates(
@@ -170,7 +168,7 @@ def estimates(
 def _estimates(
     pass_name: str, problem: Problem, dtype: tf.DType, nnz: int, machine: costs.Machine
 ) -> tuple[Estimate, ...]:
-    terms = sparse_terms(pass_name, problem, nnz, dtype.size, machine)
+    terms = cpu_terms(pass_name, problem, nnz, dtype.size, machine)
     predicted = costs.microseconds(machine, f"generic {pass_name}", terms)
     predicted *= costs.dtype_factor(machine, "generic", dtype.name)
     return (

@@ -105,14 +105,27 @@ def function(name: str, dtype: str) -> Function:
 
 
 @functools.cache
-def vector_bytes() -> int:
-    """Bytes of the vectors that functions are compiled for, without compiling any."""
+def core() -> str:
+    """The kind of core that functions are compiled for, without compiling any.
+
+    Returns:
+        "avx512" for vectors of 64 bytes; "amx" for the same where there are matrix
+        instructions, too, which are unused, but tell Intel's large cores from others;
+        "avx2" for all else.
+    """
     wanted = os.environ.get("NUMBA_CPU_FEATURES")
     if wanted is None:
         enabled = {name for name, on in llvm.get_host_cpu_features().items() if on}
     else:
         enabled = {name[1:] for name in wanted.split(",") if name.startswith("+")}
-    return 64 if "avx512f" in enabled else 32
+    if "avx512f" not in enabled:
+        return "avx2"
+    return "amx" if "amx-tile" in enabled else "avx512"
+
+
+def vector_bytes() -> int:
+    """Bytes of the vectors that functions are compiled for, without compiling any."""
+    return 32 if core() == "avx2" else 64
 
 
 def folder() -> Path:

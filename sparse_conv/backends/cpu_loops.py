@@ -20,11 +20,19 @@ import numpy as np
 from sparse_conv.backends import cpu_code, cpu_memory, cpu_threads
 from sparse_conv.backends.cpu_code import Function
 from sparse_conv.backends.cpu_jobs import HEAD_CELLS, JOB_HEADER, GatherJob, WgradJob
-from sparse_conv.backends.cpu_plan import CHAIN_ENTRIES, Job, PlanTables, make_plan
+from sparse_conv.backends.cpu_plan import (
+    CHAIN_ENTRIES,
+    COMMON,
+    CORES,
+    Job,
+    PlanTables,
+    make_plan,
+)
 from sparse_conv.gather import Gather
 from sparse_conv.pattern import Rows
 
-# The cut of a wgrad decides the order of its sums, so it can't follow the machine.
+# The cut of a wgrad decides the order of its sums, so it can't follow the machine, nor
+# the kind of its cores.
 WGRAD_THREADS = 16
 
 
@@ -357,8 +365,9 @@ def _tables(
     rounded = -(-int(entries) // step) * step
     vector_bytes, tile_cells = function.widths
     lanes = vector_bytes // dtype.itemsize
+    core = COMMON if wgrad else CORES[cpu_code.core()]
     return make_plan(
-        Job(gather, dtype.itemsize, lanes, tile_cells, rounded, threads, wgrad)
+        Job(gather, dtype.itemsize, lanes, tile_cells, rounded, threads, wgrad, core)
     )
 
 

@@ -28,10 +28,41 @@ import numpy as np
 from sparse_conv.backends.cpu_jobs import HEAD_CELLS
 from sparse_conv.gather import Axis, Gather
 
-# Half of the second-level cache of a common core: a task's planes should fit.
-PLANES_BYTES = 384 * 1024
-# The part of the first-level cache that the planes which a tile reads find free.
-WINDOW_BYTES = 28 * 1024
+
+class Core(NamedTuple):
+    """What differs between kinds of cores, and decides the cut.
+
+    Attributes:
+        planes: Sizes of a task's planes, in bytes, and by how much tasks of up to that
+            size are slower than small ones.
+        window_bytes: The part of the first-level cache that the planes which a tile
+            reads find free.
+        output_block: Output channels that are summed, and written, together, if there
+            are as many.
+        many_outputs: The same where their sums are loaded and stored once for each
+            block of channels.
+    """
+
+    planes: tuple[tuple[int, float], ...]
+    window_bytes: int
+    output_block: int
+    many_outputs: int
+
+
+COMMON = Core(((384 * 1024, 1.0), (2**23, 1.3)), 28 * 1024, 16, 64)
+# By the names that `cpu_code.core` gives.
+CORES = {
+    "avx2": COMMON,
+    "avx512": COMMON,
+    # Measured on Xeons with 2 MB of second-level and 48 KB of first-level cache. They
+    # write two neighbouring lines past the caches in less time than a single one: 3x3,
+    # 3 to 64 channels, 256x512 takes 1.15 ms, not 1.75.
+    "amx": Core(
+        ((384 * 1024, 1.0), (1280 * 1024, 1.15), (2**23, 1.3)), 28 * 1024, 32, 128
+    ),
+}
+# Tasks whose planes exceed all of these sizes are slower by this.
+_LARGE_PLANES = 2.0
 # Products that are summed by themselves before they join the rest, at most. In one
 # long chain the error of float32 would exceed that of TensorFlow's own convolution.
 CHAIN_ENTRIES = 20
@@ -40,10 +71,6 @@ CHAIN_ENTRIES = 20
 MAX_BLOCKS = 36
 # Outputs of this size are written past the caches.
 STREAMED_BYTES = 8 * 2**20
-# Output channels that are summed, and written, together, if there are as many.
-OUTPUT_BLOCK = 16
-# The same where their sums are loaded and stored once for each block of channels.
-MANY_OUTPUTS = 64
 # Sums of the partial results of a wgrad, in bytes at most, and their number.
 PARTIAL_BYTES = 64 * 2**20
 MAX_SLOTS = 32
@@ -178,6 +205,7 @@ class Job(NamedTuple):
         entries: About how many nonzeros the kernel has.
         threads: Threads to cut for. Results of a wgrad depend on it.
         wgrad: Whether the plan is for a weight gradient.
+        core: What to cut for.
     """
 
     gather: Gather
@@ -187,6 +215,7 @@ class Job(NamedTuple):
     entries: int
     threads: int
     wgrad: bool
+    core: Core
 
 
 class _View(NamedTuple):
@@ -400,7 +429,7 @@ def _parts(
     packed *= (band + outer.reach) * (strip + inner.reach)
     size = packed * job.lanes * job.itemsize
     # Cycles for a cell: measured on one core, and only their ratios matter.
-    slowness = 1.0 if size <= PLANES_BYTES else 1.3 if size <= 2**23 else 2.0
+    slowness = next((by for most, by in job.core.planes if size <= most), _LARGE_PLANES)
     columns = min(tile.columns, strip)
     sums = slowness * _tile_of(job, columns, tile.channels).cycles
     pack, write = _transposition_cycles(job, view, strip, columns)
@@ -449,7 +478,7 @@ def _finish(job: Job, cut: _Cut, tile: _Tile) -> Plan:
     plane_cells = _plane_cells((cut.band + outer.reach) * pitch)
     group_block = _group_block(gather, job.lanes)
     outputs = group_block * gather.out_channels // gather.groups
-    output_block = OUTPUT_BLOCK if tile.blocks == 1 or job.wgrad else MANY_OUTPUTS
+    output_block = _output_block(job, tile.blocks)
     # Not less than a block, unless there are less in all, and whole vectors, for the
     # transpositions take as long for a part of one.
     output_block = -(-outputs // max(1, outputs // output_block))
@@ -484,6 +513,12 @@ def _finish(job: Job, cut: _Cut, tile: _Tile) -> Plan:
         strips=cut.strips,
         tasks=cut.tasks,
     )
+
+
+def _output_block(job: Job, blocks: int) -> int:
+    """Output channels that are taken together, if there are as many."""
+    several = blocks > 1 and not job.wgrad
+    return job.core.many_outputs if several else job.core.output_block
 
 
 def _in_one_run(gather: Gather, view: _View, group_block: int) -> int:
@@ -565,7 +600,7 @@ def _tile_of(job: Job, columns: int, channels: int) -> _Tile:
     for axis, outputs in ((gather.h, 1), (gather.w, columns)):
         reach = (axis.taps - 1) // axis.stride
         window *= min(axis.stride, axis.taps) * (outputs + reach)
-    near = min(1.0, WINDOW_BYTES / window)
+    near = min(1.0, job.core.window_bytes / window)
     scale = cell_bytes / 64
     entry = 0.9 + columns * scale * (1.0 + 0.6 * (1 - near))
     chains = math.ceil(row_entries / blocks / CHAIN_ENTRIES)
@@ -574,7 +609,7 @@ def _tile_of(job: Job, columns: int, channels: int) -> _Tile:
         # The sum of each entry is loaded and stored.
         entry, row = entry + 4.0, 15
     # The window is fetched anew for each group of outputs, the entries for each tile.
-    groups = -(-gather.out_channels // (OUTPUT_BLOCK if job.wgrad else MANY_OUTPUTS))
+    groups = -(-gather.out_channels // _output_block(job, blocks))
     fetch = 2 * window / 64 * blocks * (groups if blocks > 1 else 1)
     cycles = gather.out_channels * (row_entries * entry + blocks * row) + fetch
     return _Tile(cycles / columns, columns, blocks, channels)

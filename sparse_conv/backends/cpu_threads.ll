@@ -54,6 +54,25 @@ end:
   ret void
 }
 
+; Takes as long as so many rounds of `await` without a change.
+define void @rest(i64 %rounds) {
+entry:
+  %state = alloca i32, align 8
+  store i32 0, ptr %state
+  br label %spin
+spin:
+  %round = phi i64 [ 0, %entry ], [ %next, %pause ]
+  %now = load atomic i32, ptr %state acquire, align 8
+  %next = add i64 %round, 1
+  %tired = icmp sgt i64 %next, %rounds
+  br i1 %tired, label %end, label %pause
+pause:
+  PAUSE
+  br label %spin
+end:
+  ret void
+}
+
 ; Runs tasks of the job until none is left.
 define internal void @work(ptr %job, ptr %scratch) {
 entry:

@@ -11,16 +11,20 @@ import functools
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_conv.backends import cpu_code
 
-# Rounds that a helper waits for the next job before it sleeps, and a caller for its
-# helpers. A round takes about 20 ns; to wake a thread takes about 30 us.
-HELPER_SPINS = 3_000
-CALLER_SPINS = 10_000
+# For how long a helper waits for the next job before it sleeps, and a caller for its
+# helpers. To wake a thread takes 30 us (AMD EPYC) to 45 us (Xeon), and Python takes 85
+# to 115 us between two calls (Xeon), because its code has left the near caches.
+HELPER_WAIT_S = 120e-6
+CALLER_WAIT_S = 200e-6
+# Rounds of waiting that are timed. One takes 10 ns (Xeon) to 20 ns (AMD EPYC).
+_TIMED_ROUNDS = 500
 
 # By machine: an instruction for loops that wait, and the number of the system call.
 _MACHINES = {
@@ -39,6 +43,7 @@ class _Functions(NamedTuple):
 
     run: Any
     help: Any
+    rest: Any
     release: int
 
 
@@ -97,8 +102,21 @@ def functions() -> _Functions:
     return _Functions(
         ctypes.CFUNCTYPE(None, word, word, word, word)(addresses["run"]),
         ctypes.CFUNCTYPE(None, word, word)(addresses["help"]),
+        ctypes.CFUNCTYPE(None, word)(addresses["rest"]),
         addresses["release"],
     )
+
+
+@functools.cache
+def _rounds(seconds: float) -> int:
+    """Rounds of waiting that take so long on this processor."""
+    rest, times = functions().rest, []
+    # What interrupts the process makes some of them longer.
+    for _ in range(5):
+        start = time.perf_counter()
+        rest(_TIMED_ROUNDS)
+        times.append(time.perf_counter() - start)
+    return max(1, round(seconds / min(times) * _TIMED_ROUNDS))
 
 
 def set_thread_limit(limit: int | None) -> None:
@@ -171,8 +189,11 @@ def run(job: Any, count: int, scratch: int, scratch_bytes: int, threads: int) ->
     """
     job[1:_JOB_WORDS] = 0, count, scratch, scratch_bytes
     helpers = min(count, threads) - 1
-    slots = _slots(helpers) if helpers > 0 else 0
-    functions().run(ctypes.addressof(job), slots, max(0, helpers), CALLER_SPINS)
+    if helpers > 0:
+        slots, rounds = _slots(helpers), _rounds(CALLER_WAIT_S)
+        functions().run(ctypes.addressof(job), slots, helpers, rounds)
+    else:
+        functions().run(ctypes.addressof(job), 0, 0, 0)
 
 
 def _slots(helpers: int) -> int:
@@ -189,12 +210,12 @@ def _start_helpers(count: int) -> None:
     """Starts new helpers; those that there were sleep from now on."""
     memory = (ctypes.c_int64 * (_SLOT_WORDS * (count + 1)))()
     _all_slots.append(memory)
-    size = 8 * _SLOT_WORDS
+    size, rounds = 8 * _SLOT_WORDS, _rounds(HELPER_WAIT_S)
     address = -(-ctypes.addressof(memory) // size) * size
     for i in range(count):
         threading.Thread(
             target=functions().help,
-            args=(address + i * size, HELPER_SPINS),
+            args=(address + i * size, rounds),
             name=f"sparse_conv_{i}",
             daemon=True,
         ).start()

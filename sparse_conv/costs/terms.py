@@ -16,6 +16,8 @@ _MEGA = 1e6
 _MANY_TAPS = 49
 # Beyond so many products of an output, several units share them.
 _SHARED_DEPTH = 512
+# What more products of a dense kernel's output read does not stay near a core.
+_DEEP_ROW = 2000
 # Vector operations that a unit does while others are called.
 _LITTLE_WORK = 1e5
 
@@ -65,6 +67,26 @@ def sparse_terms(
         "sums": sums / share,
         "entries": nnz / share,
     }
+
+
+def cpu_terms(
+    pass_name: str, problem: Problem, nnz: int, itemsize: int, machine: Machine
+) -> dict[str, float]:
+    """The amounts of `sparse_terms`, and one of a core's caches.
+
+    Args:
+        pass_name: "fprop", "dgrad" or "wgrad".
+        problem: The sizes.
+        nnz: Weights that are visited.
+        itemsize: Bytes of an element.
+        machine: Its lanes decide how much of a short image is wasted.
+
+    Returns:
+        The same, and "deep", the products once more where an output may have very many.
+    """
+    terms = sparse_terms(pass_name, problem, nnz, itemsize, machine)
+    deep = gather_of(pass_name, problem).row_length > _DEEP_ROW
+    return terms | {"deep": terms["products"] if deep else 0.0}
 
 
 def dense_terms(
