@@ -28,7 +28,7 @@ from sparse_conv._cli import machine as machine_names
 from sparse_conv.activations import LINEAR
 from sparse_conv.bridge import HOST, Place, gpu_place
 from sparse_conv.choice import PASSES, favoured
-from sparse_conv.costs.terms import cpu_terms
+from sparse_conv.costs.terms import sparse_terms
 from sparse_conv.explanation import median_microseconds
 from sparse_conv.problem import Problem, make_problem, normalize_geometry
 from sparse_conv.streams import wait_for_devices
@@ -165,7 +165,7 @@ class Bench:
             terms = dense.terms(name, problem, tf.as_dtype(dtype), self.machine)
             return f"dense {name}{precision}", terms
         if self.place.kind == "CPU":
-            terms = cpu_terms(name, problem, nnz, itemsize, self.machine)
+            terms = sparse_terms(name, problem, nnz, itemsize, self.machine)
         else:
             from sparse_conv.backends import cuda, cuda_costs
 

@@ -406,13 +406,14 @@ def _streaming(
     gather: Gather, dtype: str, nnz: int, block: BakedBlock, device: DeviceLimits
 ) -> BakedBlock:
     """The block with what may leave the GPU's L2 cache before anything else."""
-    if not device.l2_bytes:
-        return block
     size = stored_bytes(dtype)
     read, written = (size * numbers for numbers in _numbers(gather))
-    code = _code_bytes(gather, nnz, block) * block.parts // block.config.teams
+    if not device.l2_bytes or 2 * (read + written) <= device.l2_bytes:
+        return block
+    products = _products(nnz, block)
+    code = _code_bytes(products, _loads(gather, products, block), block)
     least, most = _STREAMING_CODE_BYTES
-    pushes = least < code <= most and 2 * (read + written) > device.l2_bytes
+    pushes = least < code * block.parts // block.config.teams <= most
     return dataclasses.replace(
         block,
         # Tiles that are read by several blocks in turn are wanted again.
@@ -424,10 +425,8 @@ def _streaming(
     )
 
 
-def _code_bytes(gather: Gather, nnz: int, block: BakedBlock) -> float:
+def _code_bytes(products: float, loads: float, block: BakedBlock) -> float:
     """The code of a block's teams, for one tile."""
-    products = _products(nnz, block)
-    loads = _loads(gather, products, block)
     return (products + loads) * _INSTRUCTION * block.config.teams
 
 
@@ -472,7 +471,7 @@ def _function_clocks(
         _overlapped(issue, shared, _UNHIDDEN_LOADS),
         rounds * instructions * words * _ALONE,
     )
-    code = _code_bytes(gather, nnz, block)
+    code = _code_bytes(products, loads, block)
     fetching = _fetch_clocks(code, kinds, tiles, resident, block)
     computing = _overlapped(computing, fetching, _UNHIDDEN_FETCHES)
     if _is_far(code, kinds, resident):

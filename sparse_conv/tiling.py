@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sparse_conv.gather import Axis, Gather
@@ -73,6 +73,22 @@ class DeviceLimits:
     shared_mem_bytes: int
     cluster_blocks: int = 1
     l2_bytes: int = 0
+
+    @classmethod
+    def of(cls, attributes: Mapping[str, int], capability: int) -> DeviceLimits:
+        """The limits of a GPU.
+
+        Args:
+            attributes: Those that CUDA tells of it, by CUDA's names.
+            capability: As 10 * major + minor.
+        """
+        multiprocessors = attributes["MultiProcessorCount"]
+        return cls(
+            multiprocessors,
+            attributes["MaxSharedMemoryPerBlockOptin"],
+            cluster_blocks(capability, multiprocessors),
+            attributes["L2CacheSize"],
+        )
 
 
 def cluster_blocks(capability: int, multiprocessors: int) -> int:

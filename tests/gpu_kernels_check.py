@@ -402,15 +402,8 @@ def device_limits() -> plan.DeviceLimits:
     """Those of GPU 0."""
     import cupy
 
-    attributes = cupy.cuda.Device(0).attributes
-    capability = int(cupy.cuda.Device(0).compute_capability)
-    multiprocessors = attributes["MultiProcessorCount"]
-    return plan.DeviceLimits(
-        multiprocessors,
-        attributes["MaxSharedMemoryPerBlockOptin"],
-        plan.cluster_blocks(capability, multiprocessors),
-        attributes["L2CacheSize"],
-    )
+    device = cupy.cuda.Device(0)
+    return plan.DeviceLimits.of(device.attributes, int(device.compute_capability))
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,7 +22,7 @@ from sparse_conv.bridge import HOST, gpu_place, place_of
 from sparse_conv.choice import MARGINS, PASSES, Question, choose, favoured
 from sparse_conv.convolution import Convolution
 from sparse_conv.costs import Estimate, Machine
-from sparse_conv.costs.terms import cpu_terms
+from sparse_conv.costs.terms import sparse_terms
 from sparse_conv.problem import make_problem, normalize_geometry
 from tests import ours
 from tests.conftest import skip_unless_usable
@@ -527,7 +527,7 @@ def test_machines_that_nobody_measured_have_costs():
 def test_every_kind_of_core_was_measured(core):
     machine = Machine(f"cpu-{core}", 2, 8)
     assert costs.is_measured(machine.kind)
-    terms = cpu_terms("fprop", question().problem, 10, 4, machine)
+    terms = sparse_terms("fprop", question().problem, 10, 4, machine)
     assert costs.microseconds(machine, "generic fprop", terms) > 0
 
 
@@ -536,7 +536,7 @@ def test_only_large_sums_are_deep():
     geometry = normalize_geometry(1, "SAME")
     for channels in (64, 512):
         problem = make_problem((1, 9, 9, channels), (3, 3, channels, 8), geometry)
-        terms = cpu_terms("fprop", problem, 100, 4, machine)
+        terms = sparse_terms("fprop", problem, 100, 4, machine)
         assert terms["deep"] == (terms["products"] if channels == 512 else 0)
 
 

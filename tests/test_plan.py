@@ -218,4 +218,4 @@ def test_clusters_need_hardware_that_has_them_and_room():
     for capability, multiprocessors, blocks in (
         (90, 132, 8), (120, 170, 8), (89, 142, 1), (80, 108, 1), (90, 16, 1),
     ):  # fmt: skip
-        assert plan.cluster_blocks(capability, multiprocessors) == blocks
+        assert tiling.cluster_blocks(capability, multiprocessors) == blocks

@@ -18,7 +18,7 @@ from sparse_conv import bridge, costs
 from sparse_conv.backends import cpu_code, cpu_loops, cpu_memory, cpu_threads
 from sparse_conv.bridge import HOST, Place
 from sparse_conv.costs import Estimate
-from sparse_conv.costs.terms import cpu_terms
+from sparse_conv.costs.terms import sparse_terms
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Pattern, Rows
 from sparse_conv.problem import Problem
@@ -168,7 +168,7 @@ def estimates(
 def _estimates(
     pass_name: str, problem: Problem, dtype: tf.DType, nnz: int, machine: costs.Machine
 ) -> tuple[Estimate, ...]:
-    terms = cpu_terms(pass_name, problem, nnz, dtype.size, machine)
+    terms = sparse_terms(pass_name, problem, nnz, dtype.size, machine)
     predicted = costs.microseconds(machine, f"generic {pass_name}", terms)
     predicted *= costs.dtype_factor(machine, "generic", dtype.name)
     return (

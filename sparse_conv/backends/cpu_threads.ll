@@ -29,40 +29,18 @@ define internal void @wake(ptr %state) {
   ret void
 }
 
-; Waits until the state is `value` (%equal) or is not: awake for `spins` rounds, then
-; asleep. A state that changes is always woken.
-define internal void @await(ptr %state, i32 %value, i1 %equal, i64 %spins) {
+; Waits awake until the state is `value` (%equal) or is not, for so many rounds at most.
+; Returns the state.
+define internal i32 @watch(ptr %state, i32 %value, i1 %equal, i64 %rounds) {
 entry:
   br label %spin
 spin:
-  %round = phi i64 [ 0, %entry ], [ %next, %pause ], [ 0, %rest ]
+  %round = phi i64 [ 0, %entry ], [ %next, %pause ]
   %now = load atomic i32, ptr %state acquire, align 8
   %same = icmp eq i32 %now, %value
   %done = icmp eq i1 %same, %equal
   br i1 %done, label %end, label %go_on
 go_on:
-  %next = add i64 %round, 1
-  %tired = icmp sgt i64 %next, %spins
-  br i1 %tired, label %rest, label %pause
-pause:
-  PAUSE
-  br label %spin
-rest:
-  call void @sleep(ptr %state, i32 %now)
-  br label %spin
-end:
-  ret void
-}
-
-; Takes as long as so many rounds of `await` without a change.
-define void @rest(i64 %rounds) {
-entry:
-  %state = alloca i32, align 8
-  store i32 0, ptr %state
-  br label %spin
-spin:
-  %round = phi i64 [ 0, %entry ], [ %next, %pause ]
-  %now = load atomic i32, ptr %state acquire, align 8
   %next = add i64 %round, 1
   %tired = icmp sgt i64 %next, %rounds
   br i1 %tired, label %end, label %pause
@@ -70,6 +48,31 @@ pause:
   PAUSE
   br label %spin
 end:
+  ret i32 %now
+}
+
+; Waits until the state is `value` (%equal) or is not: awake for `spins` rounds, then
+; asleep. A state that changes is always woken.
+define internal void @await(ptr %state, i32 %value, i1 %equal, i64 %spins) {
+entry:
+  br label %awake
+awake:
+  %now = call i32 @watch(ptr %state, i32 %value, i1 %equal, i64 %spins)
+  %same = icmp eq i32 %now, %value
+  %done = icmp eq i1 %same, %equal
+  br i1 %done, label %end, label %asleep
+asleep:
+  call void @sleep(ptr %state, i32 %now)
+  br label %awake
+end:
+  ret void
+}
+
+; Takes as long as so many rounds of `await` without a change.
+define void @rest(i64 %rounds) {
+  %state = alloca i32, align 8
+  store i32 0, ptr %state
+  %now = call i32 @watch(ptr %state, i32 1, i1 true, i64 %rounds)
   ret void
 }
 

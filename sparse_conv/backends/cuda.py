@@ -409,13 +409,4 @@ def limits(place: Place) -> plan.DeviceLimits:
     import cupy
 
     device = cupy.cuda.Device(bridge.ordinal_of(place))
-    attributes = device.attributes
-    multiprocessors = attributes["MultiProcessorCount"]
-    return plan.DeviceLimits(
-        multiprocessors=multiprocessors,
-        shared_mem_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
-        cluster_blocks=plan.cluster_blocks(
-            int(device.compute_capability), multiprocessors
-        ),
-        l2_bytes=attributes["L2CacheSize"],
-    )
+    return plan.DeviceLimits.of(device.attributes, int(device.compute_capability))

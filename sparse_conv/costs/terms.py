@@ -41,8 +41,9 @@ def sparse_terms(
 
     Returns:
         "call" (1), "sharing" (near 0 for so little work that one unit does it, near 1
-        for much), "products" (millions), "read", "write" (megabytes), "sums" (millions
-        of outputs, or of pixels that a gradient reads) and "entries" (millions).
+        for much), "products" (millions), "deep", the same once more where an output may
+        have very many, "read", "write" (megabytes), "sums" (millions of outputs, or of
+        pixels that a gradient reads) and "entries" (millions).
     """
     gather = gather_of(pass_name, problem)
     h, w = gather.h, gather.w
@@ -62,31 +63,12 @@ def sparse_terms(
         "call": 1.0,
         "sharing": work / (work + _LITTLE_WORK),
         "products": products / share,
+        "deep": products / share if gather.row_length > _DEEP_ROW else 0.0,
         "read": read * itemsize / share,
         "write": write * itemsize / share,
         "sums": sums / share,
         "entries": nnz / share,
     }
-
-
-def cpu_terms(
-    pass_name: str, problem: Problem, nnz: int, itemsize: int, machine: Machine
-) -> dict[str, float]:
-    """The amounts of `sparse_terms`, and one of a core's caches.
-
-    Args:
-        pass_name: "fprop", "dgrad" or "wgrad".
-        problem: The sizes.
-        nnz: Weights that are visited.
-        itemsize: Bytes of an element.
-        machine: Its lanes decide how much of a short image is wasted.
-
-    Returns:
-        The same, and "deep", the products once more where an output may have very many.
-    """
-    terms = sparse_terms(pass_name, problem, nnz, itemsize, machine)
-    deep = gather_of(pass_name, problem).row_length > _DEEP_ROW
-    return terms | {"deep": terms["products"] if deep else 0.0}
 
 
 def dense_terms(
