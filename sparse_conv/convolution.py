@@ -89,6 +89,7 @@ class Convolution:
             place,
             nnz,
             self.constant,
+            self.pattern is not None,
             tensor_float_32_enabled(),
             traced,
         )

@@ -299,6 +299,7 @@ def _question(subject: _Subject, name: str) -> choice.Question:
         subject.place,
         _nonzeros(subject, name),
         subject.convolution.constant,
+        subject.convolution.pattern is not None,
         tensor_float_32_enabled(),
     )
 

@@ -99,16 +99,25 @@ def test_the_name_follows_from_what_decides_the_code(monkeypatch, fresh_circumst
 
 
 @pytest.mark.parametrize(
-    ("features", "core"),
+    ("features", "host", "core"),
     [
-        ("+avx2,-avx512f", "avx2"),
-        ("+avx2,+avx512f,-amx-tile", "avx512"),
-        ("+amx-tile,+avx2,+avx512f", "amx"),
-        ("+amx-tile,+avx2", "avx2"),
+        ("+avx2,-avx512f", {"avx512f": True}, "avx2"),
+        ("+avx2,+avx512f", {}, "avx512"),
+        ("+avx2,+avx512f", {"amx-tile": True}, "amx"),
+        ("+avx2", {"avx512f": True, "amx-tile": True}, "amx-avx2"),
+        (None, {"avx512f": True, "amx-tile": True}, "amx"),
+        (None, {"avx512f": True, "amx-tile": False}, "avx512"),
+        (None, {}, "avx2"),
     ],
 )
-def test_the_core_follows_from_what_numba_compiles_for(monkeypatch, features, core):
-    monkeypatch.setenv("NUMBA_CPU_FEATURES", features)
+def test_the_core_follows_from_the_host_and_from_what_numba_compiles_for(
+    monkeypatch, features, host, core
+):
+    monkeypatch.delenv("NUMBA_CPU_FEATURES", raising=False)
+    if features is not None:
+        monkeypatch.setenv("NUMBA_CPU_FEATURES", features)
+    monkeypatch.setattr(cpu_code.llvm, "get_host_cpu_features", lambda: host)
+    monkeypatch.setattr(cpu_code, "vector_bytes", cpu_code.vector_bytes.__wrapped__)
     assert cpu_code.core.__wrapped__() == core
 
 

@@ -10,7 +10,7 @@ A back end is a module with
         -> run(dy, w) -> dx
     wgrad(problem, dtype, place, pattern, *, algorithm) -> run(x, dy) -> dw
     machine(place) -> costs.Machine       what its costs depend on besides the problem
-    estimates(pass_name, problem, dtype, place, nnz, constant)
+    estimates(pass_name, problem, dtype, place, nnz, constant, sparse)
         -> tuple[costs.Estimate, ...]     what each of its algorithms would take
     nonzeros(w) -> int | None             those of a dense kernel, None if not cheap
     finish_compiling() -> None            waits for what it compiles in the background
@@ -28,9 +28,9 @@ is 0. Back ends are imported when they are first needed.
 `algorithm` is "generic" or "baked"; `waits` tells whether the latter's first call waits
 for its compiler, or the former computes until the code is there. `estimates` has both,
 in this order, and is a pure and cached function; `nnz` is the number of weights that
-are visited, and `constant` tells a SparseKernel whose values stay the same from one
-that is trained and from a dense kernel. The gradient to a dense kernel visits all.
-Where "baked" is never possible, there are no `tune` and `tuned`.
+are visited, `constant` tells a SparseKernel whose values stay the same from one that is
+trained and from a dense kernel, and `sparse` both of the former from a dense kernel,
+whose zeros may be others in the next call. The gradient to a dense kernel visits all.
 "dense", TensorFlow's own convolution, belongs to no back end: see `sparse_conv.dense`.
 """
 

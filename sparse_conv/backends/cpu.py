@@ -15,19 +15,20 @@ import numpy as np
 import tensorflow as tf
 
 from sparse_conv import bridge, costs
-from sparse_conv.backends import cpu_code, cpu_loops, cpu_memory, cpu_threads
+from sparse_conv.backends import (
+    cpu_assembly,
+    cpu_code,
+    cpu_loops,
+    cpu_memory,
+    cpu_threads,
+)
 from sparse_conv.bridge import HOST, Place
 from sparse_conv.costs import Estimate
-from sparse_conv.costs.terms import sparse_terms
+from sparse_conv.costs.terms import code_terms, sparse_terms
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Pattern, Rows
 from sparse_conv.problem import Problem
 from sparse_conv.tensor_cache import cached
-
-_NEVER_BAKED = (
-    "the CPU back end generates no code for a pattern: its loops read patterns at run "
-    "time"
-)
 
 
 def unavailable() -> str | None:
@@ -65,12 +66,12 @@ def fprop(
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The forward pass."""
-    del algorithm, waits, has_bias
-    gather = fprop_gather(problem)
+    del waits, has_bias
+    gather, baked = fprop_gather(problem), algorithm == "baked"
     wide = _wide(dtype)
 
     def run(x: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        entries = _entries("fprop", w, pattern, gather, constant)
+        entries = _entries("fprop", w, pattern, gather, constant, baked)
         read, shift = _memory(x), None if bias is None else _memory(bias)
         y, write = cpu_memory.output(shape, wide)
         cpu_loops.run_gather(
@@ -93,12 +94,12 @@ def dgrad(
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The gradient to the input."""
-    del algorithm, waits
-    gather = dgrad_gather(problem)
+    del waits
+    gather, baked = dgrad_gather(problem), algorithm == "baked"
     wide = _wide(dtype)
 
     def run(dy: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
-        entries = _entries("dgrad", w, pattern, gather, constant)
+        entries = _entries("dgrad", w, pattern, gather, constant, baked)
         read = _memory(dy)
         dx, write = cpu_memory.output(shape, wide)
         cpu_loops.run_gather(entries, read.address, write)
@@ -158,23 +159,56 @@ def estimates(
     place: Place,
     nnz: int,
     constant: bool,
+    sparse: bool,
 ) -> tuple[Estimate, ...]:
     """What each algorithm would take; see `sparse_conv.backends`."""
     del constant
-    return _estimates(pass_name, problem, dtype, nnz, machine(place))
+    return _estimates(pass_name, problem, dtype, nnz, sparse, machine(place))
 
 
 @functools.lru_cache(maxsize=4096)
 def _estimates(
-    pass_name: str, problem: Problem, dtype: tf.DType, nnz: int, machine: costs.Machine
+    pass_name: str,
+    problem: Problem,
+    dtype: tf.DType,
+    nnz: int,
+    sparse: bool,
+    machine: costs.Machine,
 ) -> tuple[Estimate, ...]:
     terms = sparse_terms(pass_name, problem, nnz, dtype.size, machine)
-    predicted = costs.microseconds(machine, f"generic {pass_name}", terms)
-    predicted *= costs.dtype_factor(machine, "generic", dtype.name)
-    return (
-        Estimate("generic", predicted, f"loops over the {nnz} weights"),
-        Estimate("baked", None, _NEVER_BAKED),
-    )
+    generic = costs.microseconds(machine, f"generic {pass_name}", terms)
+    generic *= costs.dtype_factor(machine, "generic", dtype.name)
+    loops = Estimate("generic", generic, f"loops over the {nnz} weights")
+    reason = _reason_against_code(pass_name, dtype, sparse)
+    if reason is not None:
+        return loops, Estimate("baked", None, reason)
+    model = f"baked {pass_name}"
+    if not costs.has_model(machine, model):
+        reason = "code for the pattern, which nobody measured on this kind of core"
+        return loops, Estimate("baked", generic, reason)
+    terms = code_terms(pass_name, problem, nnz, dtype.size, machine)
+    baked = costs.microseconds(machine, model, terms)
+    baked *= costs.dtype_factor(machine, "baked", dtype.name)
+    return loops, Estimate("baked", baked, "code for the pattern")
+
+
+def _reason_against_code(pass_name: str, dtype: tf.DType, sparse: bool) -> str | None:
+    """Why no code can be generated for a pass; None if it can."""
+    if pass_name == "wgrad":
+        return "the gradient to the kernel has no weights"
+    if not sparse:
+        return "code is generated for the pattern of a SparseKernel"
+    if dtype.is_integer:
+        return "code is generated for floating-point numbers only"
+    return cpu_assembly.unavailable()
+
+
+def tune(*_: object) -> None:
+    """Returns at once: code follows from a pattern and from sizes alone."""
+
+
+def tuned(*_: object) -> None:
+    """Nothing is chosen by times."""
 
 
 def nonzeros(w: tf.Tensor) -> int:
@@ -236,7 +270,12 @@ def _wanted_threads() -> int:
 
 
 def _entries(
-    name: str, w: tf.Tensor, pattern: Pattern | None, gather: Gather, constant: bool
+    name: str,
+    w: tf.Tensor,
+    pattern: Pattern | None,
+    gather: Gather,
+    constant: bool,
+    baked: bool,
 ) -> cpu_loops.Entries:
     """A kernel's entries as a pass's loops walk them, prepared once for each tensor."""
     threads = cpu_threads.thread_count(_wanted_threads())
@@ -248,18 +287,20 @@ def _entries(
             return known.fprop_rows() if name == "fprop" else known.dgrad_rows(gather)
 
         if constant or pattern is None:
-            return cpu_loops.prepare(gather, rows(), values, _wanted_threads())
+            return cpu_loops.prepare(gather, rows(), values, _wanted_threads(), baked)
         # Training changes the values at every step, and only them.
         placement = pattern.cached(
-            ("cpu", name, gather, values.dtype, threads),
-            lambda: cpu_loops.place(gather, rows(), values.dtype, _wanted_threads()),
+            ("cpu", name, gather, values.dtype, threads, baked),
+            lambda: cpu_loops.place(
+                gather, rows(), values.dtype, _wanted_threads(), baked
+            ),
         )
         return cpu_loops.fill(placement, values)
 
     # One tensor may hold the values of several patterns, and the gathers of both passes
     # are equal for a 1x1 kernel with as many inputs as outputs.
     owner = None if pattern is None else weakref.ref(pattern)
-    return cached(w, (name, gather, owner, threads), build)
+    return cached(w, (name, gather, owner, threads, baked), build)
 
 
 def _sparse(w: tf.Tensor, pattern: Pattern | None) -> tuple[Pattern, np.ndarray]:

@@ -109,23 +109,23 @@ def core() -> str:
     """The kind of core that functions are compiled for, without compiling any.
 
     Returns:
-        "avx512" for vectors of 64 bytes; "amx" for the same where there are matrix
-        instructions, too, which are unused, but tell Intel's large cores from others;
-        "avx2" for all else.
+        "avx512" for vectors of 64 bytes, "avx2" for all else; "amx" and "amx-avx2" for
+        the same where there are matrix instructions, too, which are unused, but tell
+        Intel's large cores from others.
     """
-    wanted = os.environ.get("NUMBA_CPU_FEATURES")
-    if wanted is None:
-        enabled = {name for name, on in llvm.get_host_cpu_features().items() if on}
-    else:
-        enabled = {name[1:] for name in wanted.split(",") if name.startswith("+")}
-    if "avx512f" not in enabled:
-        return "avx2"
-    return "amx" if "amx-tile" in enabled else "avx512"
+    amx = llvm.get_host_cpu_features().get("amx-tile", False)
+    if vector_bytes() == 64:
+        return "amx" if amx else "avx512"
+    return "amx-avx2" if amx else "avx2"
 
 
+@functools.cache
 def vector_bytes() -> int:
     """Bytes of the vectors that functions are compiled for, without compiling any."""
-    return 32 if core() == "avx2" else 64
+    wanted = os.environ.get("NUMBA_CPU_FEATURES")
+    if wanted is None:
+        return 64 if llvm.get_host_cpu_features().get("avx512f", False) else 32
+    return 64 if "+avx512f" in wanted.split(",") else 32
 
 
 def folder() -> Path:

@@ -10,13 +10,20 @@ from typing import NamedTuple
 # Words at the beginning of a job that belong to the threads.
 JOB_HEADER = 5
 # Cells at the beginning of scratch memory: one of zeros, one that takes what belongs
-# nowhere, two for where each lane's memory begins, and again one for what belongs
-# nowhere, just before the planes.
-HEAD_CELLS = 5
+# nowhere, two for where each lane's memory begins, two more for another row's, and
+# again one for what belongs nowhere, just before the planes.
+HEAD_CELLS = 7
+# Bytes of a block of lanes: the least that x86 and ARM shuffle without crossing into
+# other parts of a vector. A tile is written in as many parts as a vector has blocks,
+# and generated code is called as often.
+BLOCK_BYTES = 16
 
 
 class GatherJob(NamedTuple):
-    """A forward pass or an input gradient; see `cpu_loops.Entries`."""
+    """A forward pass or an input gradient; see `cpu_loops.Entries`.
+
+    `codes` is 0 where no code was generated; see `cpu_baked.Code`.
+    """
 
     record: int
     outer_origins: int
@@ -27,6 +34,7 @@ class GatherJob(NamedTuple):
     splits: int
     lengths: int
     values: int
+    codes: int
     read: int
     write: int
     bias: int

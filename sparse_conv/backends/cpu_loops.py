@@ -17,17 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparse_conv.backends import cpu_code, cpu_memory, cpu_threads
+from sparse_conv.backends import cpu_baked, cpu_code, cpu_memory, cpu_threads
 from sparse_conv.backends.cpu_code import Function
 from sparse_conv.backends.cpu_jobs import HEAD_CELLS, JOB_HEADER, GatherJob, WgradJob
-from sparse_conv.backends.cpu_plan import (
-    CHAIN_ENTRIES,
-    COMMON,
-    CORES,
-    Job,
-    PlanTables,
-    make_plan,
-)
+from sparse_conv.backends.cpu_plan import PlanTables, make_plan
+from sparse_conv.backends.cpu_tiles import CHAIN_ENTRIES, COMMON, CORES, Job
 from sparse_conv.gather import Gather
 from sparse_conv.pattern import Rows
 
@@ -47,6 +41,8 @@ class Placement(NamedTuple):
         splits: (rows, blocks + 1) int32, where each row's blocks of channels begin.
         lengths: (rows, blocks) int32, the entries of a chain in each block.
         no_bias: (out_channels,) zeros.
+        code: Code that takes the place of the loops; None for the loops. It reads the
+            values in the order of `sources`, and none of the tables above.
     """
 
     tables: PlanTables
@@ -56,6 +52,7 @@ class Placement(NamedTuple):
     splits: np.ndarray
     lengths: np.ndarray
     no_bias: np.ndarray
+    code: cpu_baked.Code | None = None
 
 
 class Entries(NamedTuple):
@@ -80,6 +77,7 @@ def gather(
     write: np.ndarray,
     bias: np.ndarray | None = None,
     activation: int = 0,
+    baked: bool = False,
 ) -> None:
     """Computes a Gather: the forward pass or the input gradient.
 
@@ -91,12 +89,13 @@ def gather(
         write: The output, of the same dtype; all of it is overwritten.
         bias: (out_channels,) numbers.
         activation: The code of the activation; int32 has 0, 1 and 2 only.
+        baked: As for `prepare`.
 
     Raises:
         NotImplementedError: The scratch memory of one tile would exceed 2^31 cells.
     """
     if write.size:
-        entries = prepare(gather, rows, values)
+        entries = prepare(gather, rows, values, baked=baked)
         read = np.ascontiguousarray(read)
         run_gather(
             entries, _address(read), _address(write),
@@ -105,7 +104,11 @@ def gather(
 
 
 def prepare(
-    gather: Gather, rows: Rows, values: np.ndarray, wanted_threads: int = 0
+    gather: Gather,
+    rows: Rows,
+    values: np.ndarray,
+    wanted_threads: int = 0,
+    baked: bool = False,
 ) -> Entries:
     """Prepares what does not depend on a Gather's input.
 
@@ -113,8 +116,9 @@ def prepare(
         gather: What will be computed.
         rows: The sparse rows that belong to it.
         values: (nnz,) numbers, in the pattern's canonical order. Their magnitudes
-            decide the order within chains.
+            decide the order within the chains of loops.
         wanted_threads: As `cpu_threads.thread_count` takes it.
+        baked: Whether code is generated for the pattern; float32 and float64 only.
 
     Returns:
         The entries, ready for any number of calls of `run_gather`.
@@ -122,7 +126,9 @@ def prepare(
     Raises:
         NotImplementedError: The scratch memory of one tile would exceed 2^31 cells.
     """
-    placement = place(gather, rows, values.dtype, wanted_threads)
+    placement = place(gather, rows, values.dtype, wanted_threads, baked)
+    if placement.code is not None:
+        return fill(placement, values)
     order = _chain_order(values[placement.sources], placement.splits, placement.lengths)
     placement = placement._replace(
         offsets=placement.offsets[order], sources=placement.sources[order]
@@ -131,7 +137,11 @@ def prepare(
 
 
 def place(
-    gather: Gather, rows: Rows, dtype: np.dtype, wanted_threads: int = 0
+    gather: Gather,
+    rows: Rows,
+    dtype: np.dtype,
+    wanted_threads: int = 0,
+    baked: bool = False,
 ) -> Placement:
     """Prepares what depends neither on a Gather's input nor on its values.
 
@@ -140,6 +150,7 @@ def place(
         rows: The sparse rows that belong to it.
         dtype: Of the numbers.
         wanted_threads: As `cpu_threads.thread_count` takes it.
+        baked: Whether code is generated for the pattern; float32 and float64 only.
 
     Returns:
         The places, which serve any values of the same pattern and dtype.
@@ -148,14 +159,23 @@ def place(
         NotImplementedError: The scratch memory of one tile would exceed 2^31 cells.
     """
     threads = cpu_threads.thread_count(wanted_threads)
-    function = cpu_code.function("gather", dtype.name)
-    tables = _tables(gather, function, dtype, len(rows.indices), threads)
+    function = cpu_code.function("code" if baked else "gather", dtype.name)
+    tables = _tables(gather, function, dtype, len(rows.indices), threads, code=baked)
     used, offsets, splits = _place_entries(tables, rows)
     lengths = chain_lengths(np.diff(splits, axis=1))
     sources = used if rows.order is None else rows.order[used]
+    code = None
+    if baked:
+        row = np.repeat(np.arange(len(splits)), splits[:, -1] - splits[:, 0])
+        channel, tap = np.divmod(rows.indices[used], gather.h.taps * gather.w.taps)
+        block = rows.indices[used] // tables.plan.block_length
+        # As TensorFlow's convolution: one tap's channels after the other's.
+        rank = tap * gather.in_channels + channel
+        code = cpu_baked.generate(tables.plan, row, block, rank, offsets, dtype.name)
+        sources = sources[code.order]
     return Placement(
         tables, function, offsets, sources, splits, lengths,
-        np.zeros(gather.out_channels, dtype),
+        np.zeros(gather.out_channels, dtype), code,
     )  # fmt: skip
 
 
@@ -165,7 +185,8 @@ def fill(placement: Placement, values: np.ndarray) -> Entries:
     ordered = values[p.sources]
     words = GatherJob(
         *_table_words(p.tables), _address(p.offsets), _address(p.splits),
-        _address(p.lengths), _address(ordered), read=0, write=0,
+        _address(p.lengths), _address(ordered),
+        codes=0 if p.code is None else _address(p.code.addresses), read=0, write=0,
         bias=_address(p.no_bias), activation=0,
     )  # fmt: skip
     job = cpu_threads.make_job(p.function.address, words)
@@ -359,6 +380,7 @@ def _tables(
     entries: int,
     threads: int,
     wgrad: bool = False,
+    code: bool = False,
 ) -> PlanTables:
     # Plans are cached: near numbers of entries share one.
     step = 1 << max(0, int(entries).bit_length() - 3)
@@ -367,8 +389,11 @@ def _tables(
     lanes = vector_bytes // dtype.itemsize
     core = COMMON if wgrad else CORES[cpu_code.core()]
     return make_plan(
-        Job(gather, dtype.itemsize, lanes, tile_cells, rounded, threads, wgrad, core)
-    )
+        Job(
+            gather, dtype.itemsize, lanes, tile_cells, rounded, threads, wgrad, core,
+            code,
+        )
+    )  # fmt: skip
 
 
 def _place_entries(

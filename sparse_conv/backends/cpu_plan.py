@@ -26,51 +26,20 @@ from typing import NamedTuple
 import numpy as np
 
 from sparse_conv.backends.cpu_jobs import HEAD_CELLS
+from sparse_conv.backends.cpu_tiles import (
+    Job,
+    Tile,
+    candidates,
+    choose_tile,
+    exceeds_caches,
+    is_pointwise,
+    outputs_together,
+    tile_of,
+)
 from sparse_conv.gather import Axis, Gather
 
-
-class Core(NamedTuple):
-    """What differs between kinds of cores, and decides the cut.
-
-    Attributes:
-        planes: Sizes of a task's planes, in bytes, and by how much tasks of up to that
-            size are slower than small ones.
-        window_bytes: The part of the first-level cache that the planes which a tile
-            reads find free.
-        output_block: Output channels that are summed, and written, together, if there
-            are as many.
-        many_outputs: The same where their sums are loaded and stored once for each
-            block of channels.
-    """
-
-    planes: tuple[tuple[int, float], ...]
-    window_bytes: int
-    output_block: int
-    many_outputs: int
-
-
-COMMON = Core(((384 * 1024, 1.0), (2**23, 1.3)), 28 * 1024, 16, 64)
-# By the names that `cpu_code.core` gives.
-CORES = {
-    "avx2": COMMON,
-    "avx512": COMMON,
-    # Measured on Xeons with 2 MB of second-level and 48 KB of first-level cache. They
-    # write two neighbouring lines past the caches in less time than a single one: 3x3,
-    # 3 to 64 channels, 256x512 takes 1.15 ms, not 1.75.
-    "amx": Core(
-        ((384 * 1024, 1.0), (1280 * 1024, 1.15), (2**23, 1.3)), 28 * 1024, 32, 128
-    ),
-}
 # Tasks whose planes exceed all of these sizes are slower by this.
 _LARGE_PLANES = 2.0
-# Products that are summed by themselves before they join the rest, at most. In one
-# long chain the error of float32 would exceed that of TensorFlow's own convolution.
-CHAIN_ENTRIES = 20
-# Blocks of channels are summed one after the other, so there must not be many more. Of
-# 512 channels and 3x3 taps, twelfths don't fit a core's first cache; these do.
-MAX_BLOCKS = 36
-# Outputs of this size are written past the caches.
-STREAMED_BYTES = 8 * 2**20
 # Sums of the partial results of a wgrad, in bytes at most, and their number.
 PARTIAL_BYTES = 64 * 2**20
 MAX_SLOTS = 32
@@ -194,30 +163,6 @@ class PlanTables:
     gather_bytes: int
 
 
-class Job(NamedTuple):
-    """What a plan is for.
-
-    Attributes:
-        gather: What to compute; no extent of what is written may be 0.
-        itemsize: Bytes of a number.
-        lanes: Numbers in a cell.
-        tile_cells: Cells that the loops sum at once, at most.
-        entries: About how many nonzeros the kernel has.
-        threads: Threads to cut for. Results of a wgrad depend on it.
-        wgrad: Whether the plan is for a weight gradient.
-        core: What to cut for.
-    """
-
-    gather: Gather
-    itemsize: int
-    lanes: int
-    tile_cells: int
-    entries: int
-    threads: int
-    wgrad: bool
-    core: Core
-
-
 class _View(NamedTuple):
     """One way to take a Gather's pixels for rows and columns.
 
@@ -250,22 +195,6 @@ class _Cut(NamedTuple):
     tasks: int
 
 
-class _Tile(NamedTuple):
-    """Columns that are summed together, the blocks of channels, and the time it takes.
-
-    Attributes:
-        cycles: Estimated time of a cell of all output channels of a row.
-        columns: Columns that are summed together.
-        blocks: Blocks of channels.
-        channels: Channels in one block.
-    """
-
-    cycles: float
-    columns: int
-    blocks: int
-    channels: int
-
-
 @functools.lru_cache(maxsize=1024)
 def make_plan(job: Job) -> PlanTables:
     """Chooses the cut with the shortest estimated time.
@@ -280,17 +209,22 @@ def make_plan(job: Job) -> PlanTables:
         NotImplementedError: The planes of one tile would have 2^31 cells or more.
     """
     gather = job.gather
-    tile = _tile(job)
+    tile = choose_tile(job)
     cut = min(_cuts(job, tile), key=lambda cut: cut[:2])
     plan = _finish(job, cut, tile)
     planes = plan.group_block * plan.group_channels * plan.channel_cells
-    if planes >= 2**31:
+    # Code names places in bytes.
+    unit = job.lanes * job.itemsize if job.code else 1
+    if planes * unit >= 2**31:
         raise NotImplementedError(
-            "The CPU back end needs scratch memory of less than 2^31 cells. "
+            "The CPU back end needs scratch memory of less than 2^31 "
+            f"{'bytes for generated code' if job.code else 'cells'}. "
             f"Received: {gather}"
         )
-    # Where a run of sums is short, a vector more is read.
-    cells = HEAD_CELLS + planes + (plan.output_block + job.lanes) * plan.tile
+    # By generated code one tile is computed while another waits. Where a run of sums is
+    # short, a vector more is read.
+    tiles = 2 if job.code else 1
+    cells = HEAD_CELLS + planes + (tiles * plan.output_block + job.lanes) * plan.tile
     outer, inner = cut.view.outer, cut.view.inner
     partial_bytes = max(1, job.itemsize * gather.out_channels * gather.row_length)
     return PlanTables(
@@ -320,10 +254,10 @@ def _views(job: Job) -> Iterator[_View]:
     w_side = _side(w, 1, read_pixel, write_pixel)
     yield _View(h, w, h_side, w_side, False, gather.n)
     yield _View(w, h, w_side, h_side, True, gather.n)
-    if job.wgrad or not (_is_pointwise(h) and _is_pointwise(w)):
+    if job.wgrad or not (is_pointwise(h) and is_pointwise(w)):
         return
     pixels = h.inputs * w.inputs * (gather.n if nhwc else 1)
-    for width in _candidates(-(-pixels // job.lanes)):
+    for width in candidates(-(-pixels // job.lanes)):
         rows = -(-pixels // width)
         outer = replace(h, inputs=rows, outputs=rows)
         inner = replace(w, inputs=width, outputs=width)
@@ -334,15 +268,6 @@ def _views(job: Job) -> Iterator[_View]:
         inner_side = _side(inner, 1, read_pixel, write_pixel)
         images = 1 if nhwc else gather.n
         yield _View(outer, inner, outer_side, inner_side, False, images)
-
-
-def _is_pointwise(axis: Axis) -> bool:
-    """Whether each output reads the one input of its own place."""
-    return (
-        axis.taps == axis.phases == axis.step == axis.stride == axis.row_sets == 1
-        and axis.origins == (0,)
-        and axis.inputs == axis.outputs
-    )
 
 
 def _side(axis: Axis, set_factor: int, read_stride: int, write_stride: int) -> Side:
@@ -399,27 +324,21 @@ def _plane_cells(cells: int) -> int:
     return cells + (2 - cells) % 4
 
 
-def _candidates(largest: int) -> list[int]:
-    """Ways to divide `largest` evenly, from one part to parts of one."""
-    parts = {2**i * j for i in range(largest.bit_length()) for j in (1, 3)}
-    return sorted({-(-largest // part) for part in parts})
-
-
-def _cuts(job: Job, tile: _Tile) -> Iterator[_Cut]:
+def _cuts(job: Job, tile: Tile) -> Iterator[_Cut]:
     for view in _views(job):
         outer, inner = view.outer, view.inner
         stack = (view.images - 1) * int(_image_rows(outer).max())
         stack += -(-outer.outputs // outer.phases)
         columns = -(-inner.outputs // inner.phases)
-        for tiles in _candidates(-(-columns // tile.columns)):
+        for tiles in candidates(-(-columns // tile.columns)):
             strip = min(columns, tiles * tile.columns)
-            for band in _candidates(-(-stack // job.lanes)):
+            for band in candidates(-(-stack // job.lanes)):
                 chunks, strips = -(-stack // (job.lanes * band)), -(-columns // strip)
                 yield from _parts(job, tile, view, band, strip, chunks, strips)
 
 
 def _parts(
-    job: Job, tile: _Tile, view: _View, band: int, strip: int, chunks: int, strips: int
+    job: Job, tile: Tile, view: _View, band: int, strip: int, chunks: int, strips: int
 ) -> Iterator[_Cut]:
     """The cuts of one band and strip, with the outputs in one part or several."""
     gather = job.gather
@@ -431,12 +350,12 @@ def _parts(
     # Cycles for a cell: measured on one core, and only their ratios matter.
     slowness = next((by for most, by in job.core.planes if size <= most), _LARGE_PLANES)
     columns = min(tile.columns, strip)
-    sums = slowness * _tile_of(job, columns, tile.channels).cycles
     pack, write = _transposition_cycles(job, view, strip, columns)
-    work = band * strip * share * (sums + write * gather.out_channels)
     phases = outer.visited * inner.visited * math.ceil(1 / share)
     most = job.threads if gather.groups == 1 and not job.wgrad else 1
     for parts in range(1, min(most, gather.out_channels) + 1):
+        sums = slowness * tile_of(job, columns, tile.length, parts).cycles
+        work = band * strip * share * (sums + write * gather.out_channels)
         task_cycles = pack * packed + work / parts + 1_000
         tasks = phases * chunks * strips * parts
         total = tasks * task_cycles
@@ -468,7 +387,7 @@ def _transposition_cycles(
     return square / min(job.lanes, read), square / min(job.lanes, written)
 
 
-def _finish(job: Job, cut: _Cut, tile: _Tile) -> Plan:
+def _finish(job: Job, cut: _Cut, tile: Tile) -> Plan:
     gather, view = job.gather, cut.view
     outer, inner = view.outer_side, view.inner_side
     nhwc = gather.data_format == "NHWC"
@@ -478,7 +397,7 @@ def _finish(job: Job, cut: _Cut, tile: _Tile) -> Plan:
     plane_cells = _plane_cells((cut.band + outer.reach) * pitch)
     group_block = _group_block(gather, job.lanes)
     outputs = group_block * gather.out_channels // gather.groups
-    output_block = _output_block(job, tile.blocks)
+    output_block = outputs_together(job, tile.blocks)
     # Not less than a block, unless there are less in all, and whole vectors, for the
     # transpositions take as long for a part of one.
     output_block = -(-outputs // max(1, outputs // output_block))
@@ -502,7 +421,7 @@ def _finish(job: Job, cut: _Cut, tile: _Tile) -> Plan:
         channel_cells=plane_cells * outer.subs * inner.subs,
         group_block=group_block,
         group_blocks=-(-gather.groups // group_block),
-        block_length=tile.channels * gather.h.taps * gather.w.taps,
+        block_length=tile.length,
         blocks=tile.blocks,
         tile=tile.columns,
         output_block=output_block,
@@ -513,12 +432,6 @@ def _finish(job: Job, cut: _Cut, tile: _Tile) -> Plan:
         strips=cut.strips,
         tasks=cut.tasks,
     )
-
-
-def _output_block(job: Job, blocks: int) -> int:
-    """Output channels that are taken together, if there are as many."""
-    several = blocks > 1 and not job.wgrad
-    return job.core.many_outputs if several else job.core.output_block
 
 
 def _in_one_run(gather: Gather, view: _View, group_block: int) -> int:
@@ -537,12 +450,11 @@ def _in_one_run(gather: Gather, view: _View, group_block: int) -> int:
 
 def _streams(gather: Gather, job: Job, output_parts: int) -> int:
     """Whether the output is too large for the caches, and written in whole vectors."""
-    written = gather.n * gather.h.outputs * gather.w.outputs * gather.out_channels
     return int(
         gather.data_format == "NHWC"
         and gather.groups == 1
         and gather.out_channels % (job.lanes * output_parts) == 0
-        and written * job.itemsize >= STREAMED_BYTES
+        and exceeds_caches(job)
     )
 
 
@@ -564,55 +476,6 @@ def _gradient_places(plan: Plan) -> np.ndarray:
         return np.arange(plan.strip + plan.lanes, dtype=np.int32)
     step = plan.band * plan.strip
     return step * np.arange(plan.output_block + plan.lanes, dtype=np.int32)
-
-
-def _tile(job: Job) -> _Tile:
-    """The fastest tile.
-
-    It decides in what order an output's products are summed, so it may follow from
-    nothing that a number of threads has a part in, such as the cut.
-    """
-    gather = job.gather
-    columns = max(-(-axis.outputs // axis.phases) for axis in (gather.h, gather.w))
-    if _is_pointwise(gather.h) and _is_pointwise(gather.w):
-        columns *= gather.h.outputs
-    channels = gather.in_channels // gather.groups
-    tiles = [
-        _tile_of(job, size, -(-channels // blocks))
-        for size in range(1, min(job.tile_cells, columns) + 1)
-        for blocks in _candidates(channels)
-        if blocks <= MAX_BLOCKS
-    ]
-    return min(tiles)
-
-
-def _tile_of(job: Job, columns: int, channels: int) -> _Tile:
-    """A tile with so many columns, and so many channels in a block.
-
-    The times were measured on one core of an AMD EPYC (Zen 4) with AVX-512 and with
-    AVX2, in cycles; only their ratios matter.
-    """
-    gather, cell_bytes = job.gather, job.itemsize * job.lanes
-    all_channels = gather.in_channels // gather.groups
-    blocks = -(-all_channels // channels)
-    row_entries = max(1.0, job.entries / max(1, gather.rows))
-    window = cell_bytes * channels
-    for axis, outputs in ((gather.h, 1), (gather.w, columns)):
-        reach = (axis.taps - 1) // axis.stride
-        window *= min(axis.stride, axis.taps) * (outputs + reach)
-    near = min(1.0, job.core.window_bytes / window)
-    scale = cell_bytes / 64
-    entry = 0.9 + columns * scale * (1.0 + 0.6 * (1 - near))
-    chains = math.ceil(row_entries / blocks / CHAIN_ENTRIES)
-    row = 15 * chains + columns * scale * (1.5 if blocks == 1 else 6.5)
-    if job.wgrad:
-        # The sum of each entry is loaded and stored.
-        entry, row = entry + 4.0, 15
-    # The window is fetched anew for each group of outputs, the entries for each tile.
-    groups = -(-gather.out_channels // _output_block(job, blocks))
-    fetch = 2 * window / 64 * blocks * (groups if blocks > 1 else 1)
-    cycles = gather.out_channels * (row_entries * entry + blocks * row) + fetch
-    return _Tile(cycles / columns, columns, blocks, channels)
 
 
 def _offsets(plan: Plan, gather: Gather, swapped: bool) -> np.ndarray:

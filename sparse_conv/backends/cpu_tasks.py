@@ -28,6 +28,7 @@ from sparse_conv.backends.cpu_code import ROUTINES, Object, Widths
 from sparse_conv.backends.cpu_jobs import HEAD_CELLS, JOB_HEADER, GatherJob, WgradJob
 from sparse_conv.backends.cpu_plan import PLAN_DTYPE
 from sparse_conv.backends.cpu_vectors import (
+    LANE_BLOCKS,
     TILE_CELLS,
     VECTOR_BYTES,
     add_correlations,
@@ -36,6 +37,7 @@ from sparse_conv.backends.cpu_vectors import (
     finish_stores,
     gather_square,
     lanes,
+    run_code,
     scatter_square,
     sum_products,
     symbols,
@@ -115,7 +117,8 @@ _GATHER = _job_words(GatherJob)
 _WGRAD = _job_words(WgradJob)
 
 
-def _gather_task(dtype: np.dtype) -> Callable[[int, int, int], None]:
+def _gather_task(dtype: np.dtype, sum_task: Any) -> Callable[[int, int, int], None]:
+    """A task of a Gather; `sum_task` is `_sum_by_loops` or `_sum_by_code`."""
     lane_count = lanes(dtype.itemsize)
 
     def task(job, number, scratch):
@@ -128,21 +131,31 @@ def _gather_task(dtype: np.dtype) -> Callable[[int, int, int], None]:
         offsets = _array(words[_GATHER.offsets], _HUGE, np.int32)
         splits = _array(words[_GATHER.splits], _HUGE, np.int32)
         lengths = _array(words[_GATHER.lengths], _HUGE, np.int32)
+        codes = _array(words[_GATHER.codes], _HUGE, np.int64)
         values = _array(words[_GATHER.values], _HUGE, dtype)
         read = _array(words[_GATHER.read], _HUGE, dtype)
         write = _array(words[_GATHER.write], _HUGE, dtype)
         bias = _array(words[_GATHER.bias], _HUGE, dtype)
         head = _array(scratch, HEAD_CELLS * lane_count, dtype)
-        starts = _array(scratch + 2 * VECTOR_BYTES, lane_count, np.int64)
+        starts = _array(scratch + 2 * VECTOR_BYTES, 2 * lane_count, np.int64)
         planes = _array(scratch + HEAD_CELLS * VECTOR_BYTES, _HUGE, dtype)
         _zero(head[:lane_count])
         # Only aligned vectors can pass the caches by.
         aligned = words[_GATHER.write] % VECTOR_BYTES == 0
-        _gather(
-            plan, number, outer_origins, inner_origins, image_rows, places, offsets,
-            values, splits, lengths, read, write, bias, words[_GATHER.activation],
-            aligned and plan.streaming != 0, starts, head, planes,
+        task = _decode(plan, number)
+        channels = (task.group_end - task.group_begin) * plan.group_channels
+        _pack_planes(
+            plan, task, outer_origins, inner_origins, image_rows, places, read, starts,
+            head, planes,
         )  # fmt: skip
+        sum_task(
+            plan, task, image_rows[task.outer_phase], planes,
+            (offsets, splits, lengths, codes), values,
+            planes[channels * plan.channel_cells * plan.lanes :], bias,
+            words[_GATHER.activation], write, aligned and plan.streaming != 0, starts,
+            head[plan.lanes :],
+        )  # fmt: skip
+        finish_stores()
 
     return task
 
@@ -189,7 +202,8 @@ def _wgrad_task(dtype: np.dtype) -> Callable[[int, int, int], None]:
 
 
 FUNCTIONS: dict[str, Callable[[np.dtype], Callable[[int, int, int], None]]] = {
-    "gather": _gather_task,
+    "gather": lambda dtype: _gather_task(dtype, _sum_by_loops),
+    "code": lambda dtype: _gather_task(dtype, _sum_by_code),
     "wgrad": _wgrad_task,
 }
 
@@ -220,20 +234,15 @@ def compile_function(name: str, dtype: str) -> Object:
 
 
 @_inner
-def _gather(
-    plan, number, outer_origins, inner_origins, image_rows, places, offsets, values,
-    splits, lengths, read, write, bias, activation, streaming, starts, head, planes,
+def _sum_by_loops(
+    plan, task, rows, planes, entries, values, sums, bias, activation, write, streaming,
+    starts, waste,
 ):  # fmt: skip
-    task = _decode(plan, number)
-    task_channels = (task.group_end - task.group_begin) * plan.group_channels
-    sums = planes[task_channels * plan.channel_cells * plan.lanes :]
-    _pack_planes(
-        plan, task, outer_origins, inner_origins, image_rows, places, read, starts,
-        head, planes,
-    )  # fmt: skip
+    """Computes a task's outputs, and writes each tile at once."""
+    offsets, splits, lengths, _ = entries
     tiles = -(-task.columns // plan.tile)
     for row in range(plan.band):
-        if not _output_starts(plan, task, image_rows[task.outer_phase], row, starts):
+        if not _output_starts(plan, task, rows, row, starts):
             continue
         for tile in range(tiles):
             column = tile * task.columns // tiles
@@ -248,11 +257,97 @@ def _gather(
                     )  # fmt: skip
                 if activation:
                     _activate(sums[: outputs * size * plan.lanes], activation)
-                _write_tile(
-                    plan, task, column, size, first, outputs, sums, write, streaming,
-                    starts, head[plan.lanes :],
-                )  # fmt: skip
-    finish_stores()
+                if _in_squares(plan, outputs):
+                    for part in range(LANE_BLOCKS):
+                        _write_part(
+                            plan, part, outputs, size, sums, write, starts,
+                            _place(plan, task, column, first), waste, streaming,
+                        )  # fmt: skip
+                else:
+                    _write_tile(
+                        plan, task, column, size, first, outputs, sums, write, starts,
+                        waste,
+                    )  # fmt: skip
+
+
+@_inner
+def _sum_by_code(
+    plan, task, rows, planes, entries, values, sums, bias, activation, write, streaming,
+    starts, waste,
+):  # fmt: skip
+    """The same by generated code, with each tile written while the next is computed.
+
+    Memory takes longer for all of a tile at once than for some of its lanes after each
+    call of the code.
+    """
+    _, _, _, codes = entries
+    tiles = -(-task.columns // plan.tile)
+    # Of the tile that waits to be written, if there is one: its outputs, columns and
+    # place, and where its sums and the starts of its rows are.
+    outputs, size, place, held, held_starts = 0, 0, 0, 0, 0
+    for row in range(plan.band):
+        new_starts = plan.lanes - held_starts
+        if not _output_starts(plan, task, rows, row, starts[new_starts:]):
+            continue
+        for tile in range(tiles):
+            column = tile * task.columns // tiles
+            new_size = (tile + 1) * task.columns // tiles - column
+            for first in range(task.output_begin, task.output_end, plan.output_block):
+                new = plan.output_block * plan.tile * plan.lanes - held
+                for part in range(LANE_BLOCKS):
+                    code = codes[LANE_BLOCKS * (task.row_base + first) + part]
+                    if code != 0:
+                        run_code(
+                            code, planes, row * plan.pitch + column, values, sums[new:],
+                            new_size, bias,
+                        )  # fmt: skip
+                    if outputs != 0:
+                        _write_part(
+                            plan, part, outputs, size, sums[held:], write,
+                            starts[held_starts:], place, waste, streaming,
+                        )  # fmt: skip
+                outputs = min(plan.output_block, task.output_end - first)
+                size, held, held_starts = new_size, new, new_starts
+                place = _place(plan, task, column, first)
+                if activation:
+                    _activate(sums[held:][: outputs * size * plan.lanes], activation)
+                if not _in_squares(plan, outputs):
+                    _write_tile(
+                        plan, task, column, size, first, outputs, sums[held:], write,
+                        starts[held_starts:], waste,
+                    )  # fmt: skip
+                    outputs = 0
+    if outputs != 0:
+        for part in range(LANE_BLOCKS):
+            _write_part(
+                plan, part, outputs, size, sums[held:], write, starts[held_starts:],
+                place, waste, streaming,
+            )  # fmt: skip
+
+
+@_inner
+def _in_squares(plan, outputs):
+    """Whether the outputs of a pixel are whole vectors, one after the other."""
+    return plan.write_channel == 1 and outputs % plan.lanes == 0
+
+
+@_inner
+def _place(plan, task, column, first):
+    """Where output `first` of a column is, from where its row starts."""
+    column = task.inner_phase + plan.inner.phases * (task.column + column)
+    return column * plan.inner.write_stride + first * plan.write_channel
+
+
+@_inner
+def _write_part(
+    plan, part, outputs, columns, sums, write, starts, place, waste, streaming
+):
+    """Writes some lanes of a tile whose outputs are in squares."""
+    run = outputs // plan.lanes
+    pace = plan.inner.phases * plan.inner.write_stride
+    write_squares(
+        sums, columns * run, run, pace, write, starts, place, waste, streaming, part
+    )
 
 
 @_inner
@@ -423,18 +518,14 @@ def _pack_runs(
 
 
 @_inner
-def _write_tile(
-    plan, task, column, size, first, outputs, sums, write, streaming, starts, waste
-):
+def _write_tile(plan, task, column, size, first, outputs, sums, write, starts, waste):
     """Writes the finished sums of one tile, to the rows that begin at `starts`.
 
     They are written in runs of memory: of the outputs of a pixel, and maybe those of
     all pixels (NHWC), or of the columns of an output (NCHW).
     """
-    stride = plan.inner.write_stride
-    pace = plan.inner.phases * stride
-    origin = task.inner_phase * stride + pace * (task.column + column)
-    origin += first * plan.write_channel
+    pace = plan.inner.phases * plan.inner.write_stride
+    origin = _place(plan, task, column, first)
     runs, length, step, run_pace, run_step = size, outputs, 1, pace, outputs
     if plan.write_channel != 1:
         runs, length, step, run_pace, run_step = outputs, size, outputs, 1, 1
@@ -445,13 +536,6 @@ def _write_tile(
                 pace,
             )  # fmt: skip
             return
-    elif outputs % plan.lanes == 0:
-        vectors = outputs // plan.lanes
-        write_squares(
-            sums, size * vectors, vectors, pace, write, starts, origin, waste,
-            streaming,
-        )  # fmt: skip
-        return
     elif outputs == pace:
         runs, length = 1, size * outputs
     for run in range(runs):

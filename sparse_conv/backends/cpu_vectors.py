@@ -21,6 +21,8 @@ from llvmlite import ir
 from numba.core import cgutils, extending, types
 from numba.core.registry import cpu_target
 
+from sparse_conv.backends.cpu_jobs import BLOCK_BYTES
+
 # Their type annotations say neither that a decorated function loses its first argument
 # nor which attributes the values of LLVM code have.
 intrinsic: Any = extending.intrinsic
@@ -52,9 +54,7 @@ def _choose_widths() -> tuple[int, int]:
 
 VECTOR_BYTES, TILE_CELLS = _choose_widths()
 
-# The least that x86 and ARM shuffle without crossing into other parts of a vector.
-_BLOCK_BYTES = 16
-
+LANE_BLOCKS = VECTOR_BYTES // BLOCK_BYTES
 
 _SCALARS = {
     "float32": ir.FloatType(),
@@ -76,7 +76,7 @@ class _Vectors:
         self.scalar = _SCALARS[dtype]
         self.itemsize = np.dtype(dtype).itemsize
         self.lanes = lanes(self.itemsize)
-        self.block_lanes = _BLOCK_BYTES // self.itemsize
+        self.block_lanes = BLOCK_BYTES // self.itemsize
         self.type = ir.VectorType(self.scalar, self.lanes)
         self.is_float = dtype.startswith("float")
 
@@ -105,7 +105,7 @@ class _Vectors:
         address = self.builder.gep(pointer, [place])
         kind = ir.VectorType(self.scalar, self.block_lanes)
         address = self.builder.bitcast(address, kind.as_pointer())
-        return self.builder.load(address, align=_BLOCK_BYTES)
+        return self.builder.load(address, align=BLOCK_BYTES)
 
     def join(self, a: _Value, b: _Value) -> _Value:
         """The lanes of `a`, then those of `b`."""
@@ -807,11 +807,12 @@ def scatter_square(
     shift="int",
     waste="numbers",
     streaming="flag",
+    block="int",
 )
 def write_squares(
-    vectors, source, squares, run, pace, target, starts, shift, waste, streaming
+    vectors, source, squares, run, pace, target, starts, shift, waste, streaming, block
 ):
-    """Writes whole squares as `scatter_square` writes one.
+    """Writes one of LANE_BLOCKS blocks of lanes as `scatter_square` writes all.
 
     Lanes are often a multiple of 4 KiB apart. Such lines share a set of the first-level
     cache, and the processor takes longer to pass them on. So a few lanes of all squares
@@ -830,6 +831,7 @@ def write_squares(
         waste: (LANES,) numbers, aligned as cells are, overwritten.
         streaming: Whether to pass the caches by (boolean). All that is written must be
             aligned then.
+        block: Which block of lanes (int64).
     """
     builder = vectors.builder
     stream, store, done = (
@@ -838,10 +840,11 @@ def write_squares(
     squares = _Squares(
         vectors, source, squares, run, pace, target, starts, shift, waste
     )
+    lane = builder.mul(block, _INT64(vectors.block_lanes))
     builder.cbranch(streaming, stream, store)
-    for block, is_streaming in ((stream, True), (store, False)):
-        builder.position_at_end(block)
-        squares.write(streaming=is_streaming)
+    for begin, is_streaming in ((stream, True), (store, False)):
+        builder.position_at_end(begin)
+        squares.write(lane, streaming=is_streaming)
         builder.branch(done)
     builder.position_at_end(done)
 
@@ -860,19 +863,7 @@ class _Squares:
     shift: _Value
     waste: _Value
 
-    def write(self, *, streaming: bool) -> None:
-        """Writes all lanes, a block of them at a time."""
-        vectors = self.vectors
-
-        def body(number, _):
-            lane = vectors.builder.mul(number, _INT64(vectors.block_lanes))
-            self._write_block(lane, streaming=streaming)
-            return []
-
-        blocks = _INT64(vectors.lanes // vectors.block_lanes)
-        _loop(vectors.builder, _INT64(0), blocks, [], body)
-
-    def _write_block(self, lane: _Value, *, streaming: bool) -> None:
+    def write(self, lane: _Value, *, streaming: bool) -> None:
         """Writes one block of lanes, from `lane` on, of all squares."""
         builder, none = self.vectors.builder, _INT64(0)
 
@@ -961,6 +952,39 @@ def _block_of_lanes(vectors: _Vectors, cells: _Value, lane: _Value) -> list[_Val
             ]
         rows += blocks
     return vectors.transpose(rows)
+
+
+@intrinsic
+def run_code(typingctx, address, planes, at, values, sums, size, bias):
+    """Calls code that `cpu_baked` generated.
+
+    Args:
+        typingctx: Numba's.
+        address: The code's (int64).
+        planes: Cells to read.
+        at: Where to read, in cells (int64).
+        values: Numbers.
+        sums: Cells, overwritten.
+        size: Number of cells of each sum, at least 1 (int64).
+        bias: Numbers.
+    """
+
+    def codegen(context, builder, signature, args):
+        planes, values, sums, bias = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data
+            for i in (1, 3, 4, 6)
+        )
+        width = lanes(np.dtype(str(signature.args[1].dtype)).itemsize)
+        first = builder.gep(planes, [builder.mul(args[2], _INT64(width))])
+        operands = [first, values, sums, args[5], bias]
+        kind = ir.FunctionType(ir.VoidType(), [value.type for value in operands])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), operands)
+        return context.get_dummy_value()
+
+    return (
+        types.none(types.int64, planes, types.int64, values, sums, types.int64, bias),
+        codegen,
+    )
 
 
 @intrinsic

@@ -220,8 +220,10 @@ def estimates(
     place: Place,
     nnz: int,
     constant: bool,
+    sparse: bool,
 ) -> tuple[Estimate, ...]:
     """What each algorithm would take; see `sparse_conv.backends`."""
+    del sparse
     sizes = (pass_name, problem, dtype.name, nnz, limits(place), machine(place))
     predicted = cuda_costs.generic_microseconds(*sizes)
     generic = Estimate("generic", predicted, f"functions that read the {nnz} weights")

@@ -72,6 +72,11 @@ def is_measured(kind: str) -> bool:
     return (FOLDER / f"{kind}.json").is_file()
 
 
+def has_model(machine: Machine, model: str) -> bool:
+    """Whether a model was fitted for that kind of machine."""
+    return model in numbers(machine.kind)["models"]
+
+
 def microseconds(machine: Machine, model: str, terms: Mapping[str, float]) -> float:
     """The cost of `terms` by one model of the machine's numbers."""
     weights = numbers(machine.kind)["models"][model]

@@ -18,6 +18,11 @@ _MANY_TAPS = 49
 _SHARED_DEPTH = 512
 # What more products of a dense kernel's output read does not stay near a core.
 _DEEP_ROW = 2000
+# Of code for a pattern: outputs that are summed together, and in one block, at most,
+# and weights whose code stays near a core.
+_OUTPUTS_TOGETHER = 31
+_OUTPUTS_BLOCK = 128
+_NEAR_CODE = 70_000
 # Vector operations that a unit does while others are called.
 _LITTLE_WORK = 1e5
 
@@ -42,8 +47,9 @@ def sparse_terms(
     Returns:
         "call" (1), "sharing" (near 0 for so little work that one unit does it, near 1
         for much), "products" (millions), "deep", the same once more where an output may
-        have very many, "read", "write" (megabytes), "sums" (millions of outputs, or of
-        pixels that a gradient reads) and "entries" (millions).
+        have very many, "read", "write", "halo", what is read again because lanes
+        overlap (megabytes), "sums" (millions of outputs, or of pixels that a gradient
+        reads), "cells" (millions of pixels) and "entries" (millions).
     """
     gather = gather_of(pass_name, problem)
     h, w = gather.h, gather.w
@@ -66,8 +72,50 @@ def sparse_terms(
         "deep": products / share if gather.row_length > _DEEP_ROW else 0.0,
         "read": read * itemsize / share,
         "write": write * itemsize / share,
+        "halo": read * itemsize * _overlap(gather, lanes) / share,
         "sums": sums / share,
+        "cells": cells / share,
         "entries": nnz / share,
+    }
+
+
+def _overlap(gather: Gather, lanes: int) -> float:
+    """The part of the input that is read twice where one axis is cut into lanes."""
+    overlaps = []
+    for axis in (gather.h, gather.w):
+        reach = (axis.taps - 1) // axis.stride
+        rows = gather.n * -(-axis.outputs // axis.phases)
+        overlaps.append(reach / max(1.0, rows / lanes))
+    return min(overlaps)
+
+
+def code_terms(
+    pass_name: str, problem: Problem, nnz: int, itemsize: int, machine: Machine
+) -> dict[str, float]:
+    """The amounts of code for a pattern that has pixels in its lanes.
+
+    Args:
+        pass_name: "fprop" or "dgrad".
+        problem: The sizes.
+        nnz: Weights that are visited.
+        itemsize: Bytes of an element.
+        machine: As for `sparse_terms`.
+
+    Returns:
+        Those of `sparse_terms`, and "reads", what is read, once for all the outputs
+        that are summed together, and "code", products whose code is far from a core, as
+        that of many weights is (millions).
+    """
+    gather = gather_of(pass_name, problem)
+    terms = sparse_terms(pass_name, problem, nnz, itemsize, machine)
+    length = gather.row_length
+    zeros = 1 - min(1.0, nnz / max(1, gather.rows * length))
+    outputs = max(1, min(_OUTPUTS_BLOCK, gather.out_channels // gather.groups))
+    groups, rest = divmod(outputs, _OUTPUTS_TOGETHER)
+    reads = groups * (1 - zeros**_OUTPUTS_TOGETHER) + 1 - zeros**rest
+    return terms | {
+        "reads": terms["sums"] * length * reads / outputs,
+        "code": terms["products"] if nnz > _NEAR_CODE else 0.0,
     }
 
 
