@@ -5,8 +5,9 @@ the pattern reads it once for all the output channels that need it: their sums, 
 each, are held in registers, and a weight is read as part of the instruction that
 multiplies by it. The values are data: they may change without new code.
 
-The products of an output are summed in the order of their places in the planes, in
-chains of about `cpu_tiles.CHAIN_ENTRIES`, each by itself.
+The products of an output are summed in the order that TensorFlow's convolution has, in
+chains of about `cpu_tiles.CHAIN_ENTRIES`, each by itself: one chain alone rounds as
+TensorFlow's does, several have smaller errors.
 
 Knows plans and entries, and which instructions compute them. Does not know how these
 are encoded.
