@@ -24,7 +24,6 @@ from sparse_conv.backends import (
     cpu_tiles,
 )
 from sparse_conv.gather import dgrad_gather, fprop_gather
-from tests.reference import conv2d_reference
 from tests.strategies import Call, calls, make_data
 from tests.test_cpu_loops import (
     ACTIVATIONS,
@@ -32,6 +31,7 @@ from tests.test_cpu_loops import (
     LARGE,
     STREAMED,
     check,
+    check_skipped_zeros,
     gathered,
     references,
     run_all,
@@ -150,10 +150,7 @@ def test_machines_that_run_no_code_say_why(monkeypatch):
 
 
 @runs_code
-@settings(
-    max_examples=EXAMPLES // 2,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=EXAMPLES // 2, suppress_health_check=FIXTURES)
 @given(call=calls(FLOATS))
 def test_every_pass_agrees_with_the_reference(cut, call):
     check(call, baked=True)
@@ -168,24 +165,10 @@ def test_large_problems_agree_with_the_reference(cut, call, dtype, integers):
 
 
 @runs_code
-@settings(
-    max_examples=EXAMPLES // 3,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=EXAMPLES // 3, suppress_health_check=FIXTURES)
 @given(call=calls(FLOATS))
 def test_skipped_zeros_never_meet_inf_or_nan(cut, call):
-    data = make_data(replace(call, integers=True))
-    rng = np.random.default_rng(call.seed)
-    odd = rng.choice([np.inf, -np.inf, np.nan], data.x.shape)
-    x = np.where(rng.random(data.x.shape) < 0.05, odd, data.x).astype(data.x.dtype)
-    problem = call.problem
-    met = conv2d_reference(
-        ~np.isfinite(x.reshape(problem.input_shape)), data.kernel != 0, problem
-    )
-    expected = run_fprop(call, data, np.where(np.isfinite(x), x, 0), baked=True)
-    actual = run_fprop(call, data, x, baked=True)
-    np.testing.assert_array_equal(actual[met == 0], expected[met == 0])
-    assert not np.isfinite(actual[met > 0]).any()
+    check_skipped_zeros(call, baked=True)
 
 
 @runs_code

@@ -32,8 +32,6 @@ VALUES_IN_REACH = 256
 _INPUT = f"%zmm{SUMS}"
 # Stand for what is filled in: one byte, counted in elements, or four.
 _BYTE, _WORD = "{element}", "0x12345678"
-# The bytes that are filled in are the last ones of an instruction, and four at most.
-_LONGEST = 32
 
 
 class _Form(NamedTuple):
