@@ -24,7 +24,7 @@ from sparse_conv.costs.terms import dense_terms
 from sparse_conv.pattern import Pattern
 from sparse_conv.problem import INT32_MAX, Geometry, Problem
 from sparse_conv.tensor_cache import cached
-from sparse_conv.tf_internals import EagerTensor, captured_tensor
+from sparse_conv.tf_internals import EagerTensor, captured_tensor, operation
 
 ELSEWHERE = "a back end was asked for that computes elsewhere than the tensors live"
 
@@ -300,18 +300,19 @@ def _positions(pattern: Pattern, place: Place) -> tf.Tensor:
 
 
 def _attributes(problem: Problem) -> dict[str, Any]:
-    """The attributes that TensorFlow's three operations share."""
+    """The attributes of TensorFlow's three operations that aren't their defaults."""
     nhwc = problem.data_format == "NHWC"
 
     def spatial(height: int, width: int) -> list[int]:
         return [1, height, width, 1] if nhwc else [1, 1, height, width]
 
-    return {
-        "strides": spatial(problem.stride_h, problem.stride_w),
-        "dilations": spatial(problem.dilation_h, problem.dilation_w),
-        "data_format": problem.data_format,
-        **_padding(problem),
-    }
+    attributes = {"strides": spatial(problem.stride_h, problem.stride_w)}
+    dilations = (problem.dilation_h, problem.dilation_w)
+    if dilations != (1, 1):
+        attributes["dilations"] = spatial(*dilations)
+    if not nhwc:
+        attributes["data_format"] = problem.data_format
+    return attributes | _padding(problem)
 
 
 def _padding(problem: Problem) -> dict[str, Any]:
@@ -322,13 +323,13 @@ def _padding(problem: Problem) -> dict[str, Any]:
         (p.w, p.q, (p.s - 1) * p.dilation_w + 1, p.stride_w, p.pad_left),
     )
     if all(_is_same(*axis) for axis in axes):
-        return {"padding": "SAME", "explicit_paddings": []}
+        return {"padding": "SAME"}
     pairs = [
         (pad, max(0, (outputs - 1) * stride + taps - inputs - pad))
         for inputs, outputs, taps, stride, pad in axes
     ]
     if not any(map(any, pairs)):
-        return {"padding": "VALID", "explicit_paddings": []}
+        return {"padding": "VALID"}
     pads = _outer_first(p.data_format, *pairs)
     return {
         "padding": "EXPLICIT",
@@ -354,7 +355,7 @@ def _outer_first(
 def _fprop_operation(
     problem: Problem, activation: Activation, shape: tuple[int, ...]
 ) -> Callable[..., tf.Tensor]:
-    attributes = _attributes(problem)
+    conv2d = operation("Conv2D", _attributes(problem))
     folds = len(shape) != 4
 
     def compute(
@@ -362,7 +363,7 @@ def _fprop_operation(
     ) -> tf.Tensor:
         if folds:
             x = tf.reshape(x, problem.input_shape)
-        y = tf.raw_ops.Conv2D(input=x, filter=kernel, **attributes)
+        y = conv2d(input=x, filter=kernel)
         y = _finished(y, bias, activation, problem.data_format)
         return tf.reshape(y, shape) if folds else y
 
@@ -380,17 +381,16 @@ def _finished(
 def _dgrad_operation(
     problem: Problem, shape: tuple[int, ...]
 ) -> Callable[..., tf.Tensor]:
-    attributes = _attributes(problem)
+    conv2d_input = operation("Conv2DBackpropInput", _attributes(problem))
     folds = len(shape) != 4
 
     def compute(dy: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         if folds:
             dy = tf.reshape(dy, problem.output_shape)
-        dx = tf.raw_ops.Conv2DBackpropInput(
+        dx = conv2d_input(
             input_sizes=shape_tensor(problem.input_shape),
             filter=kernel,
             out_backprop=dy,
-            **attributes,
         )
         return tf.reshape(dx, shape) if folds else dx
 
@@ -398,17 +398,16 @@ def _dgrad_operation(
 
 
 def _wgrad_operation(problem: Problem) -> Callable[..., tf.Tensor]:
-    attributes = _attributes(problem)
+    conv2d_filter = operation("Conv2DBackpropFilter", _attributes(problem))
 
     def compute(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
         if x.shape.rank != 4:
             x = tf.reshape(x, problem.input_shape)
             dy = tf.reshape(dy, problem.output_shape)
-        return tf.raw_ops.Conv2DBackpropFilter(
+        return conv2d_filter(
             input=x,
             filter_sizes=shape_tensor(problem.kernel_shape),
             out_backprop=dy,
-            **attributes,
         )
 
     return compute

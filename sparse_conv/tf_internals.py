@@ -5,11 +5,14 @@ Each name says why the public API does not serve. Knows nothing of convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import tensorflow as tf
+from tensorflow.python import pywrap_tfe as _pywrap
 from tensorflow.python.autograph.impl import api as _autograph
 from tensorflow.python.eager import context as _context
+from tensorflow.python.eager import core as _core
 from tensorflow.python.eager import forwardprop_util as _forwardprop
 from tensorflow.python.eager import record as _record
 from tensorflow.python.framework import ops as _ops
@@ -61,6 +64,33 @@ def signature_of(tensor: tf.Tensor) -> Hashable:
 def device_scope() -> str:
     """The device of the `tf.device` around an eager operation; empty without one."""
     return _context.context().device_name or ""
+
+
+def operation(name: str, attributes: dict[str, Any]) -> Callable[..., tf.Tensor]:
+    """TensorFlow's operation of that name in `tf.raw_ops`, with attributes.
+
+    On eager tensors it goes straight to TensorFlow's runtime, which takes 3 to 10 us
+    less. What the runtime refuses goes the public way, for the error that users know.
+
+    Returns:
+        A function of the inputs, given by keyword and in the operation's order.
+    """
+    public = getattr(tf.raw_ops, name)
+    flat = [part for attribute in attributes.items() for part in attribute]
+    refusals = (_core._NotOkStatusException, _core._FallbackException)
+
+    def call(**inputs: tf.Tensor) -> tf.Tensor:
+        context = _context.context()
+        if context.executing_eagerly():
+            try:
+                return _pywrap.TFE_Py_FastPathExecute(
+                    context, name, None, *inputs.values(), *flat
+                )
+            except refusals:
+                pass
+        return public(**inputs, **attributes)
+
+    return call
 
 
 def in_xla_context() -> bool:

@@ -24,6 +24,7 @@ from sparse_conv.convolution import Convolution
 from sparse_conv.costs import Estimate, Machine
 from sparse_conv.costs.terms import sparse_terms
 from sparse_conv.problem import make_problem, normalize_geometry
+from sparse_conv.tf_internals import operation
 from tests import ours
 from tests.conftest import skip_unless_usable
 from tests.strategies import Call, calls, make_data
@@ -129,6 +130,15 @@ def test_results_live_where_the_operands_live(small):
     x, dense_kernel, kernel = small
     for filters in (dense_kernel, kernel):
         assert place_of(conv2d_dense(x, filters, 1, "SAME")) == place_of(x)
+
+
+def test_what_the_runtime_refuses_raises_the_public_error():
+    attributes = {"strides": [1] * 4, "padding": "SAME"}
+    conv2d = operation("Conv2D", attributes)
+    x, kernel = tf.ones((1, 4, 4, 3)), tf.ones((1, 1, 5, 2))
+    for call in (conv2d, functools.partial(tf.raw_ops.Conv2D, **attributes)):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="Conv2D"):
+            call(input=x, filter=kernel)
 
 
 def test_dense_kernel_is_made_once_for_each_tensor(small, monkeypatch):
