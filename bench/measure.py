@@ -26,11 +26,11 @@ from bench.sides import (
     tensor_float_32,
     why_not_naive,
 )
-from bench.timing import Effort, Quartiles, Sampler, call_sampler, in_turns
+from bench.timing import Effort, Quartiles, Ring, Sampler, call_sampler, in_turns
 
 Row = dict[str, Any]
-# A program on a CPU frees an output soon, and the next one takes its memory; new memory
-# would cost more than the convolution.
+# A program on a CPU frees an output soon, and the next one takes its memory, whoever
+# computes it; new memory would cost more than the convolution.
 _CPU_RING = 2
 # Tells the user what is being done.
 Report = Callable[[str], None]
@@ -154,8 +154,8 @@ def fill_row(
         if refusal is None:
             right.append(side)
     report("timing calls")
-    ring = rotation if bench.target.on_gpu else _CPU_RING
-    calls = {side.name: _call_sampler(side, ring) for side in right}
+    shared = None if bench.target.on_gpu else Ring(_CPU_RING)
+    calls = {side.name: _call_sampler(side, shared or Ring(rotation)) for side in right}
     for name, quartiles in in_turns(calls, bench.effort).items():
         row["sides"][name]["call_us"] = quartiles.as_dict()
     if bench.gate is not None:
@@ -182,9 +182,9 @@ def checked(side: Side) -> tuple[dict[str, Any], str | None]:
     return entry, refusal
 
 
-def _call_sampler(side: Side, ring: int) -> Sampler:
+def _call_sampler(side: Side, outputs: Ring) -> Sampler:
     with tensor_float_32(side.tf32):
-        return _with_tf32(side, call_sampler(side.call, ring))
+        return _with_tf32(side, call_sampler(side.call, outputs))
 
 
 def _with_tf32(side: Side, sampler: Sampler) -> Sampler:

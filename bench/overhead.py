@@ -15,7 +15,7 @@ from bench import ours
 from bench.measure import Report, Row
 from bench.results import Results
 from bench.session import Session
-from bench.timing import Effort, Sampler, call_sampler, in_turns
+from bench.timing import Effort, Ring, Sampler, call_sampler, in_turns
 
 WAYS = ("eager", "recording", "tf.function")
 CALLERS = ("SparseKernel", "dense tensor", "tf.nn.conv2d")
@@ -60,10 +60,10 @@ def _callers(algorithm: str) -> dict[str, tuple[_Call, tf.Tensor]]:
 def _sampler(way: str, call: _Call, weights: tf.Tensor) -> Sampler:
     if way == "tf.function":
         graph = tf.function(call)
-        return call_sampler(lambda number: graph(), 1)
+        return call_sampler(lambda number: graph(), Ring(1))
     if way == "recording":
-        return call_sampler(lambda number: _recorded(call, weights), 1)
-    return call_sampler(lambda number: call(), 1)
+        return call_sampler(lambda number: _recorded(call, weights), Ring(1))
+    return call_sampler(lambda number: call(), Ring(1))
 
 
 def _recorded(call: _Call, watched: tf.Tensor) -> tf.Tensor:
