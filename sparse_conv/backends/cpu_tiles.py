@@ -11,6 +11,7 @@ import itertools
 import math
 from typing import NamedTuple
 
+from sparse_conv.costs.terms import CODE_BLOCK, CODE_OUTPUTS, code_reads
 from sparse_conv.gather import Axis, Gather
 
 
@@ -51,11 +52,7 @@ CORES = {
 # Products that are summed by themselves before they join the rest, at most. In one
 # long chain the error of float32 would exceed that of TensorFlow's own convolution.
 CHAIN_ENTRIES = 20
-# Of generated code: output channels whose sums are in registers at a time, output
-# channels that are written together, and the bytes that it takes for each product,
-# about.
-CODE_OUTPUTS = 31
-CODE_BLOCK = 128
+# Bytes of generated code for each product, about.
 CODE_BYTES = 11
 # Columns of a tile of it, at most. All are powers of two: others, which cut rows into
 # uneven tiles, took up to a third longer.
@@ -174,14 +171,11 @@ def _code_tile(job: Job, columns: int, length: int, parts: int = 1) -> Tile:
     together = min(gather.out_channels, CODE_BLOCK)
     outputs = min(together, CODE_OUTPUTS)
     zeros = 1 - min(1.0, row_entries / gather.row_length)
-    # An input is read once for all the outputs of a group that need it.
-    needed = 1 - zeros**outputs
-    groups, rest = divmod(together, CODE_OUTPUTS)
-    reads = gather.row_length * (groups * needed + 1 - zeros**rest) / together
+    reads = code_reads(gather, zeros, together)
     window = _window_cells(gather, length, columns) * cell_bytes
     # What is far from a core comes near with the first tap that needs it.
     far = max(0.0, 1 - job.core.window_bytes / window)
-    far /= 1 + (min(gather.h.taps, gather.w.taps) - 1) * needed
+    far /= 1 + (min(gather.h.taps, gather.w.taps) - 1) * (1 - zeros**outputs)
     cycles = 0.6 * row_entries + (0.33 + 1.5 * far) * reads + 2.0 * blocks
     if exceeds_caches(job):
         # Memory takes longer for more at a time.

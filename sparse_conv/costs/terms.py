@@ -18,10 +18,10 @@ _MANY_TAPS = 49
 _SHARED_DEPTH = 512
 # What more products of a dense kernel's output read does not stay near a core.
 _DEEP_ROW = 2000
-# Of code for a pattern: outputs that are summed together, and in one block, at most,
-# and weights whose code stays near a core.
-_OUTPUTS_TOGETHER = 31
-_OUTPUTS_BLOCK = 128
+# Of code for a pattern: output channels whose sums are in registers at a time, and that
+# are written together, at most, and weights whose code stays near a core.
+CODE_OUTPUTS = 31
+CODE_BLOCK = 128
 _NEAR_CODE = 70_000
 # Vector operations that a unit does while others are called.
 _LITTLE_WORK = 1e5
@@ -108,15 +108,25 @@ def code_terms(
     """
     gather = gather_of(pass_name, problem)
     terms = sparse_terms(pass_name, problem, nnz, itemsize, machine)
-    length = gather.row_length
-    zeros = 1 - min(1.0, nnz / max(1, gather.rows * length))
-    outputs = max(1, min(_OUTPUTS_BLOCK, gather.out_channels // gather.groups))
-    groups, rest = divmod(outputs, _OUTPUTS_TOGETHER)
-    reads = groups * (1 - zeros**_OUTPUTS_TOGETHER) + 1 - zeros**rest
+    zeros = 1 - min(1.0, nnz / max(1, gather.rows * gather.row_length))
+    outputs = max(1, min(CODE_BLOCK, gather.out_channels // gather.groups))
     return terms | {
-        "reads": terms["sums"] * length * reads / outputs,
+        "reads": terms["sums"] * code_reads(gather, zeros, outputs),
         "code": terms["products"] if nnz > _NEAR_CODE else 0.0,
     }
+
+
+def code_reads(gather: Gather, zeros: float, outputs: int) -> float:
+    """Inputs that code reads for an output, where outputs share what they read.
+
+    Args:
+        gather: What is computed.
+        zeros: The part of the weights that is zero.
+        outputs: Output channels that are written together.
+    """
+    groups, rest = divmod(outputs, CODE_OUTPUTS)
+    needed = groups * (1 - zeros**CODE_OUTPUTS) + 1 - zeros**rest
+    return gather.row_length * needed / outputs
 
 
 def dense_terms(
