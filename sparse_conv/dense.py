@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from sparse_conv import costs
+from sparse_conv import costs, host_memory
 from sparse_conv.activations import LINEAR, Activation
 from sparse_conv.bridge import HOST, Place, at, shape_tensor
 from sparse_conv.costs import Estimate, Machine
@@ -256,10 +256,11 @@ def _kernels(pattern: Pattern | None, place: Place) -> Callable[[tf.Tensor], tf.
         return lambda w: w
     # One tensor may hold the values of several patterns.
     key = ("dense", weakref.ref(pattern), place)
+    # On a GPU, since TensorFlow may scatter on another device than it was asked to.
+    copied = tf.identity if place.kind == "GPU" else host_memory.copied
 
     def kernel_of(w: tf.Tensor) -> tf.Tensor:
-        # A copy, since TensorFlow may scatter on another device than it was asked to.
-        return cached(w, key, lambda: tf.identity(_scatter(w, pattern, place)))
+        return cached(w, key, lambda: copied(_scatter(w, pattern, place)))
 
     return kernel_of
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from sparse_conv import host_memory
 from sparse_conv.backends import cpu_memory
+from sparse_conv.bridge import memory_of
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +28,36 @@ def known_bytes(blocks: cpu_memory._Blocks) -> int:
     return sum(size * len(some) for size, some in blocks.by_size.items())
 
 
+@pytest.mark.parametrize("size", [0, 3, 2**20])
+@pytest.mark.parametrize(
+    "dtype", [tf.float32, tf.float64, tf.int32, tf.float16, tf.bfloat16]
+)
+def test_a_copy_outlives_what_it_is_of(size, dtype):
+    with tf.device("/CPU:0"):
+        numbers = tf.cast(tf.range(2 * size) % 251, dtype)
+        tensor = tf.reshape(numbers, (2, size))
+        expected = tensor.numpy()
+        copy = host_memory.copied(tensor)
+        del numbers, tensor
+        gc.collect()
+        again = copy + tf.zeros((), dtype)
+    for result in (copy, again):
+        assert result.dtype == dtype
+        np.testing.assert_array_equal(result.numpy(), expected)
+    if (
+        copy.dtype.size * 2 * size >= host_memory.LARGE_PAGE_BYTES
+        and dtype != tf.bfloat16
+    ):
+        assert memory_of(copy).address % host_memory.LARGE_PAGE_BYTES == 0
+
+
 @pytest.mark.parametrize("dtype", [tf.float32, tf.float64, tf.int32])
 @pytest.mark.parametrize("shape", [(1,), (2, 3, 5, 7), (700, 1000)])
 def test_a_tensor_is_what_was_asked_for(shape, dtype):
     tensor, address = cpu_memory.output(shape, dtype)
     assert tensor.shape == shape
     assert tensor.dtype == dtype
-    assert address % cpu_memory.ALIGNMENT == 0
+    assert address % host_memory.ALIGNMENT == 0
     view = np.asarray(memoryview(tensor))
     assert view.ctypes.data == address
     assert "CPU:0" in tensor.backing_device
@@ -78,7 +103,7 @@ def test_free_memory_beyond_what_is_kept_is_returned(blocks, monkeypatch):
 def test_scratch_memory_stays_and_grows():
     owner, address = cpu_memory.scratch(1000)
     assert cpu_memory.scratch(500)[1] == address
-    assert address % cpu_memory.ALIGNMENT == 0
+    assert address % host_memory.ALIGNMENT == 0
     _, larger = cpu_memory.scratch(3 * 2**20)
     assert cpu_memory.scratch(1000)[1] == larger
     del owner

@@ -13,19 +13,17 @@ Knows TensorFlow's DLPack functions. Knows nothing of convolutions.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import mmap
 import threading
 from collections import deque
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from sparse_conv.backends import cpu_threads
 from sparse_conv.bridge import DLTensor
+from sparse_conv.host_memory import ALIGNMENT, aligned, allocate
 
 # Memory of dead results that is kept for the next ones.
 KEPT_BYTES = 256 * 2**20
@@ -35,10 +33,6 @@ _SWEEP_CALLS = 64
 _ASKED = 8
 # Scratch memory that a thread keeps for its next call.
 KEPT_SCRATCH_BYTES = 64 * 2**20
-# Memory of this size is taken from the system in large pages.
-_LARGE_PAGE_BYTES = 2 * 2**20
-# As TensorFlow's own operations want it, and the vectors of the loops.
-ALIGNMENT = 64
 
 # DLPack's codes of what TensorFlow can be given; the loops compute in no other dtypes.
 _KINDS = {tf.int32: 0, tf.float32: 2, tf.float64: 2}
@@ -142,31 +136,6 @@ def _renew_lock() -> None:
 cpu_threads.after_fork(_renew_lock)
 
 
-def allocate(size: int) -> tuple[Any, int]:
-    """New memory with arbitrary contents.
-
-    Returns:
-        What keeps it alive, and its address, a multiple of ALIGNMENT.
-    """
-    if size < _LARGE_PAGE_BYTES:
-        array = np.empty(size + ALIGNMENT, np.uint8)
-        return array, _aligned(array.ctypes.data, ALIGNMENT)
-    pages = -(-size // _LARGE_PAGE_BYTES)
-    # Shared memory, mmap's default, would be shared with forked children, too, and gets
-    # no large pages on most systems.
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, (pages + 1) * _LARGE_PAGE_BYTES, flags=private)
-    # A kernel without large pages refuses.
-    with contextlib.suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    start = np.frombuffer(memory, np.uint8).ctypes.data
-    return memory, _aligned(start, _LARGE_PAGE_BYTES)
-
-
-def _aligned(address: int, alignment: int) -> int:
-    return -(-address // alignment) * alignment
-
-
 def output(shape: tuple[int, ...], dtype: tf.DType) -> tuple[tf.Tensor, int]:
     """A tensor with arbitrary contents in host memory, and where they are.
 
@@ -182,7 +151,7 @@ def output(shape: tuple[int, ...], dtype: tf.DType) -> tuple[tf.Tensor, int]:
         size *= extent
     # Eighths of powers of two: sizes that are near to each other share blocks.
     step = max(ALIGNMENT, 1 << max(0, size.bit_length() - 4))
-    block = _blocks.take(_aligned(size, step))
+    block = _blocks.take(aligned(size, step))
     return block.tensor(shape, dtype), block.address
 
 
