@@ -39,7 +39,7 @@ MOST_PRODUCTS = 60_000
 MOST_PIECES = 4096
 # One of several groups with fewer outputs would read few channels from all over memory.
 LEAST_OUTPUTS = 4
-# Up to so many outputs a thread may have several pixels.
+# Up to so many outputs a thread may have up to four pixels, with more two.
 _FEW_OUTPUTS = 8
 # With fewer products for each input, channels may be loaded one by one.
 _FEW_PRODUCTS = 1
@@ -47,6 +47,11 @@ _FEW_PRODUCTS = 1
 # they save. 11x11, 128 to 3 channels, 256x512, density 0.1, on an H100: 125 us with one
 # pixel, 162 with two; 32 to 3 channels: 30.4 and 28.7.
 _MOST_PIXEL_PRODUCTS = 6000
+# Where a thread has many outputs, two pixels, and blocks of few warps, pay with so many
+# products at most, whose code stays near. 3x3, 64 to 64 channels, 224x224, batch 32, on
+# an H200: with 1,843 weights 282 us with one pixel and 232 with two, with 3,686 weights
+# 331 and 724.
+_NEAR_PRODUCTS = 4000
 
 # Blocks of a cluster, and those that share a multiprocessor.
 _SPLITS = (2, 4, 8)
@@ -133,9 +138,22 @@ _REREAD = 0.52
 # with one block, two or more.
 _UNHIDDEN_LOADS = 0.166
 _UNHIDDEN_FETCHES = 0.076
-_UNHIDDEN_ALONE = 0.94
-_UNHIDDEN = 0.728
-_UNHIDDEN_BLOCKS = 0.624
+_UNHIDDEN = (0.94, 0.728, 0.624)
+# Of more than so many times the L2 cache, what exceeds it comes at this rate; where
+# chunks are pieces of a cache line, a part is fetched again. Where that takes longer
+# than computation, so much of the latter can't be hidden if it is far shorter; the
+# nearer both are, the more it is what memory would leave unhidden. Fitted to 480
+# launches of 12 layers on an H200.
+_FAR_SIZE = 3
+_FAR_MEMORY_RATE = 13.2
+_LINE_BYTES = 128
+_PIECES = 0.2
+_UNHIDDEN_BY_FAR = (0.09, 0.44, 0.7)
+_FAR_POWER = 2.6
+# What computing takes with more registers of sums than that, and too few beside them.
+_MOST_ROOMY_SUMS = 64
+_ROOMY_REGISTERS = 60
+_CRAMPED = 1.32
 # What tiles take that are higher than wide: they read and write shorter pieces of
 # memory.
 _TALL = 1.01
@@ -149,6 +167,7 @@ _STREAMING_CODE_BYTES = (96 * 1024, 512 * 1024)
 _STREAMED_COPY = 16
 # Registers of a thread beside its sums.
 _OTHER_REGISTERS = 24
+_MOST_REGISTERS = 255
 _MOST_WARPS = 64
 _MOST_BLOCK_WARPS = 32
 
@@ -271,9 +290,12 @@ def _candidates(
     group_out = gather.out_channels // gather.groups
     # A sum takes as many registers as an accumulator has words.
     most = 64 // (PACKS[dtype][1] // 4)
+    sets = gather.h.row_sets * gather.w.row_sets * gather.groups
     for outputs in sorted({min(group_out, most), *_divided(group_out, most)}):
+        products = nnz / (sets * -(-group_out // outputs))
         for pixels, vectors in _readings(gather, dtype, nnz):
-            yield from _blocks(gather, dtype, outputs, pixels, vectors, device)
+            near = products * pixels <= _NEAR_PRODUCTS
+            yield from _blocks(gather, dtype, outputs, pixels, vectors, near, device)
 
 
 def _readings(gather: Gather, dtype: str, nnz: int) -> Iterator[tuple[int, bool]]:
@@ -285,8 +307,12 @@ def _readings(gather: Gather, dtype: str, nnz: int) -> Iterator[tuple[int, bool]
     part = nnz / (gather.h.row_sets * gather.w.row_sets * gather.groups)
     few = part < _FEW_PRODUCTS * gather.row_length
     choices = (True, False) if few and has_vectors(gather, dtype) else (True,)
-    for pixels in (1, 2, 4) if group_out <= _FEW_OUTPUTS else (1,):
-        if pixels == 1 or part * pixels <= _MOST_PIXEL_PRODUCTS:
+    counts, most = (1, 2, 4), _MOST_PIXEL_PRODUCTS
+    if group_out > _FEW_OUTPUTS:
+        # Of a single row of taps, neighbouring pixels share nothing.
+        counts, most = (1, 2) if gather.h.taps > 1 else (1,), _NEAR_PRODUCTS
+    for pixels in counts:
+        if pixels == 1 or part * pixels <= most:
             yield from ((pixels, vectors) for vectors in choices)
 
 
@@ -296,6 +322,7 @@ def _blocks(
     outputs: int,
     pixels: int,
     vectors: bool,
+    near: bool,
     device: DeviceLimits,
 ) -> Iterator[BakedConfig]:
     """The blocks of such threads that are worth comparing."""
@@ -304,16 +331,20 @@ def _blocks(
     sums = outputs * pixels
     # Few sums have partial ones beside them.
     registers = sums * (2 if sums <= PARTIAL_SUMS else 1) * PACKS[dtype][1] // 4
-    for warps in (2, 4, 8, 16):
-        # Small blocks repeat what blocks do once; they are for few pixels.
-        if warps < 4 and all_pixels > 128 * device.multiprocessors:
-            continue
+    counts = (2, 4, 8, 16)
+    if all_pixels > 128 * device.multiprocessors:
+        # Small blocks repeat what blocks do once; they are for few pixels. With their
+        # scout, 7 warps leave a thread half as many registers again as 8.
+        counts = (4, 7, 8, 16) if near else (4, 8, 16)
+    for warps in counts:
         strips = warps * WARP
         for tile_w in {min(w, width) for w in (8, 14, 16, 28, 32, 56, 64)}:
             if tile_w > strips:
                 continue
             tile_h = _even(height, strips // tile_w * pixels)
             needed = -(-(-(-tile_h // pixels) * tile_w) // WARP)
+            if needed >= _room(registers):
+                continue
             for teams in _teams(gather, outputs, registers, needed):
                 for resident in _residents(registers, teams * needed):
                     for chunk in _chunks(gather.in_channels // gather.groups):
@@ -489,10 +520,36 @@ def _function_clocks(
     if config.splits > 1:
         exchanged = tiles * config.warps * WARP * config.sums * PACKS[dtype][1]
         computing += _EXCHANGE_CLOCKS + exchanged / _EXCHANGE_RATE
-    memory = _memory_clocks(gather, dtype, block, parts, device)
-    unhidden = (_UNHIDDEN_ALONE, _UNHIDDEN, _UNHIDDEN_BLOCKS)[min(resident, 3) - 1]
+    sums = int(config.sums * words)
+    if sums > _MOST_ROOMY_SUMS and _registers(config) - sums < _ROOMY_REGISTERS:
+        computing *= _CRAMPED
+    blocks = min(resident, 3) - 1
+    near, far = _memory_clocks(gather, dtype, block, parts, device)
+    if far > computing:
+        memory, unhidden = far, _unhidden_by_far(blocks, computing / far, near / far)
+    else:
+        memory, unhidden = near, _UNHIDDEN[blocks]
     first = block.tile.nbytes / _MEMORY_RATE * _FIRST_TILE
     return _LAUNCH_CLOCKS + first + _overlapped(computing, memory, unhidden)
+
+
+def _unhidden_by_far(blocks: int, computing: float, near: float) -> float:
+    """The part of computation that memory beyond the L2 cache can't hide.
+
+    Args:
+        blocks: The index of `_UNHIDDEN`.
+        computing: Its time, as a part of what memory takes.
+        near: The same for the time that memory would take if the cache were larger.
+    """
+    least = _UNHIDDEN_BY_FAR[blocks]
+    return least + (_UNHIDDEN[blocks] * near - least) * computing**_FAR_POWER
+
+
+def _registers(config: BakedConfig) -> int:
+    """Registers that a thread can have."""
+    # Each of the four schedulers has a quarter of them for its warps.
+    warps = -(-(config.warps + 1) * config.resident // 4) * 4
+    return min(REGISTERS // (warps * WARP), _MOST_REGISTERS)
 
 
 def _load_instructions(dtype: str, block: BakedBlock) -> float:
@@ -552,12 +609,26 @@ def _is_far(code: float, kinds: int, resident: int) -> bool:
 
 def _memory_clocks(
     gather: Gather, dtype: str, block: BakedBlock, parts: int, device: DeviceLimits
-) -> float:
-    read, written = _numbers(gather)
+) -> tuple[float, float]:
+    """Clocks of memory if all fitted into the L2 cache, and if it far exceeds it.
+
+    The latter is 0 if it doesn't.
+    """
+    size = stored_bytes(dtype)
+    read, written = (size * numbers for numbers in _numbers(gather))
     here = parts / block.parts
     again = 1 + _REREAD * (block.group_parts / block.config.teams * here - 1)
-    nbytes = (written * here + read * max(1.0, again)) * stored_bytes(dtype)
-    return nbytes / device.multiprocessors / _MEMORY_RATE
+    nbytes = written * here + read * max(1.0, again)
+    near = nbytes / device.multiprocessors / _MEMORY_RATE
+    cached = device.l2_bytes or nbytes
+    if nbytes <= _FAR_SIZE * cached:
+        return near, 0.0
+    chunk = block.config.chunk
+    channels = gather.in_channels // gather.groups
+    if gather.data_format == "NHWC" and chunk < channels and chunk * size < _LINE_BYTES:
+        nbytes += _PIECES * read
+    clocks = cached / _MEMORY_RATE + (nbytes - cached) / _FAR_MEMORY_RATE
+    return near, clocks / device.multiprocessors
 
 
 def _numbers(gather: Gather) -> tuple[int, int]:

@@ -328,6 +328,7 @@ BAKED_CONFIGS = [
     (BakedConfig(8, 2, 1, 4, 16, 2**20), LITTLE),
     (BakedConfig(8, 2, 1, 4, 16, 2**20), H200),
     (BakedConfig(4, 2, 1, 10, 16, 4, pixels=4, vectors=False), LITTLE),
+    (BakedConfig(64, 3, 1, 6, 28, 4, pixels=2), LITTLE),
     (BakedConfig(3, 4, 2, 4, 16, 8, teams=2), LITTLE),
     (BakedConfig(8, 2, 1, 4, 16, 2, splits=4), H200),
     (BakedConfig(6, 4, 1, 4, 16, 1, teams=2, splits=2), H200),

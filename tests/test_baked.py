@@ -14,9 +14,10 @@ import pytest
 
 from sparse_conv import baked, baked_plan, jit
 from sparse_conv.activations import get as get_activation
-from sparse_conv.baked import BakedConfig
+from sparse_conv.baked import REGISTERS, BakedConfig
 from sparse_conv.gather import dgrad_gather, fprop_gather
-from sparse_conv.launch import Launch
+from sparse_conv.launch import WARP, Launch
+from sparse_conv.tiling import PACKS
 from tests.baked_configs import fitted
 from tests.baked_passes import (
     baked_calls,
@@ -47,6 +48,10 @@ WHOLE = BakedConfig(outputs=64, warps=1, resident=1, tile_h=4, tile_w=8, chunk=2
 STRIPS = BakedConfig(
     outputs=3, warps=1, resident=1, tile_h=5, tile_w=8, chunk=4, pixels=4, vectors=False
 )
+# Two pixels of as many outputs as there are.
+PAIRS = BakedConfig(
+    outputs=64, warps=1, resident=1, tile_h=5, tile_w=9, chunk=4, pixels=2
+)
 # Teams of one warp, where there are two parts for them.
 TEAMS = BakedConfig(
     outputs=3, warps=2, resident=1, tile_h=4, tile_w=7, chunk=4, teams=2
@@ -56,7 +61,8 @@ SPLITS = BakedConfig(
     outputs=4, warps=2, resident=1, tile_h=3, tile_w=10, chunk=2, splits=2
 )
 CONFIGS = {
-    "small": SMALL, "whole": WHOLE, "strips": STRIPS, "teams": TEAMS, "splits": SPLITS
+    "small": SMALL, "whole": WHOLE, "strips": STRIPS, "pairs": PAIRS, "teams": TEAMS,
+    "splits": SPLITS,
 }  # fmt: skip
 # Every kind of stride, dilation and padding, groups, both layouts.
 VARIED = [problem for problem in PROBLEMS if 0 not in problem.input_shape][::5]
@@ -213,6 +219,29 @@ def test_clusters_compile_where_there_are_some(dtype):
             options = [*jit.options(launch.defines), f"-arch=sm_{architecture}"]
             status, log = compile_text(text, "conv2d_baked.cu", options)
             assert status == 0, log
+
+
+@pytest.mark.parametrize("nnz, pixels", [(1_800, 2), (3_700, 1)])
+def test_two_pixels_share_inputs_where_their_code_stays_near(nnz, pixels):
+    gather = fprop_gather(make((32, 224, 224, 64), (3, 3, 64, 64)))
+    choice = baked_plan.choose_baked_block(gather, "float32", nnz, LARGE_GPU)
+    assert choice.block.config.pixels == pixels
+    # Of a single row of taps they share nothing.
+    pointwise = fprop_gather(make((32, 224, 224, 64), (1, 1, 64, 64)))
+    alone = baked_plan.choose_baked_block(pointwise, "float32", 400, LARGE_GPU)
+    assert alone.block.config.pixels == 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sums_fit_into_registers(dtype):
+    words = PACKS[dtype][1] // 4
+    for shape, kernel in (
+        ((32, 56, 56, 64), (3, 3, 64, 64)), ((1, 256, 512, 3), (11, 11, 3, 8)),
+    ):  # fmt: skip
+        gather = fprop_gather(make(shape, kernel))
+        for config in baked_plan._candidates(gather, dtype, 900, LARGE_GPU):
+            registers = REGISTERS // ((config.warps + 1) * config.resident * WARP)
+            assert config.sums * words < registers, config
 
 
 @pytest.mark.parametrize("problem", FEW_PROBLEMS, ids=str)
