@@ -291,29 +291,35 @@ def _candidates(
     group_out = gather.out_channels // gather.groups
     # A sum takes as many registers as an accumulator has words.
     most = 64 // (PACKS[dtype][1] // 4)
-    sets = gather.h.row_sets * gather.w.row_sets * gather.groups
+    products = nnz / (gather.h.row_sets * gather.w.row_sets * gather.groups)
     for outputs in sorted({min(group_out, most), *_divided(group_out, most)}):
-        products = nnz / (sets * -(-group_out // outputs))
-        for pixels, vectors in _readings(gather, dtype, nnz):
-            near = products * pixels <= _NEAR_PRODUCTS
+        parts = -(-group_out // outputs)
+        for pixels, vectors in _readings(gather, dtype, products):
+            near = products * pixels <= parts * _NEAR_PRODUCTS
             yield from _blocks(gather, dtype, outputs, pixels, vectors, near, device)
 
 
-def _readings(gather: Gather, dtype: str, nnz: int) -> Iterator[tuple[int, bool]]:
+def _readings(
+    gather: Gather, dtype: str, products: float
+) -> Iterator[tuple[int, bool]]:
     """Pixels of a thread, and whether it loads vectors.
 
     Few outputs, and few nonzeros, use few of the inputs that are loaded for a pixel.
+
+    Args:
+        gather: What is computed.
+        dtype: Name of the dtype.
+        products: Those of a pixel, for all outputs of a group.
     """
     group_out = gather.out_channels // gather.groups
-    part = nnz / (gather.h.row_sets * gather.w.row_sets * gather.groups)
-    few = part < _FEW_PRODUCTS * gather.row_length
+    few = products < _FEW_PRODUCTS * gather.row_length
     choices = (True, False) if few and has_vectors(gather, dtype) else (True,)
     counts, most = (1, 2, 4), _MOST_PIXEL_PRODUCTS
     if group_out > _FEW_OUTPUTS:
         # Of a single row of taps, neighbouring pixels share nothing.
         counts, most = (1, 2) if gather.h.taps > 1 else (1,), _NEAR_PRODUCTS
     for pixels in counts:
-        if pixels == 1 or part * pixels <= most:
+        if pixels == 1 or products * pixels <= most:
             yield from ((pixels, vectors) for vectors in choices)
 
 
@@ -344,8 +350,6 @@ def _blocks(
                 continue
             tile_h = _even(height, strips // tile_w * pixels)
             needed = -(-(-(-tile_h // pixels) * tile_w) // WARP)
-            if needed >= _room(registers):
-                continue
             for teams in _teams(gather, outputs, registers, needed):
                 for resident in _residents(registers, teams * needed):
                     for chunk in _chunks(gather.in_channels // gather.groups):
@@ -394,8 +398,7 @@ def _divided(group_out: int, most: int) -> Iterator[int]:
 def _teams(gather: Gather, outputs: int, registers: int, warps: int) -> Iterator[int]:
     """How many teams of so many warps a block may have."""
     parts = -(-(gather.out_channels // gather.groups) // outputs)
-    yield 1
-    for teams in (2, 4):
+    for teams in (1, 2, 4):
         fits = teams * warps < min(_room(registers), _MOST_BLOCK_WARPS)
         if fits and parts % teams == 0:
             yield teams

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -20,30 +19,37 @@ LARGE_PAGE_BYTES = 2 * 2**20
 ALIGNMENT = 64
 
 
-def allocate(size: int) -> tuple[Any, int]:
+def allocate(size: int) -> np.ndarray:
     """New memory with arbitrary contents.
 
     Returns:
-        What keeps it alive, and its address, a multiple of ALIGNMENT.
+        (size,) uint8, whose address is a multiple of ALIGNMENT; of LARGE_PAGE_BYTES if
+        it is as large. Whoever uses the address keeps the array.
     """
     if size < LARGE_PAGE_BYTES:
-        array = np.empty(size + ALIGNMENT, np.uint8)
-        return array, aligned(array.ctypes.data, ALIGNMENT)
-    pages = -(-size // LARGE_PAGE_BYTES)
+        memory, alignment = np.empty(size + ALIGNMENT, np.uint8), ALIGNMENT
+    else:
+        memory, alignment = _large_pages(size), LARGE_PAGE_BYTES
+    begin = -memory.ctypes.data % alignment
+    return memory[begin : begin + size]
+
+
+def _large_pages(size: int) -> np.ndarray:
+    """Memory in which so many bytes find room in large pages."""
     # Shared memory, mmap's default, would be shared with forked children, too, and gets
     # no large pages on most systems.
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, (pages + 1) * LARGE_PAGE_BYTES, flags=private)
+    whole = aligned(size, LARGE_PAGE_BYTES)
+    memory = mmap.mmap(-1, whole + LARGE_PAGE_BYTES, flags=private)
     # A kernel without large pages refuses.
     with contextlib.suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    start = np.frombuffer(memory, np.uint8).ctypes.data
-    return memory, aligned(start, LARGE_PAGE_BYTES)
+    return np.frombuffer(memory, np.uint8)
 
 
-def aligned(address: int, alignment: int) -> int:
-    """The next multiple of `alignment` from an address, or a size, on."""
-    return -(-address // alignment) * alignment
+def aligned(size: int, alignment: int) -> int:
+    """The size, or the next one that is a multiple of `alignment`."""
+    return -(-size // alignment) * alignment
 
 
 def copied(tensor: tf.Tensor) -> tf.Tensor:
@@ -56,10 +62,6 @@ def copied(tensor: tf.Tensor) -> tf.Tensor:
     # NumPy's own dtypes alone can become tensors through DLPack.
     if size < LARGE_PAGE_BYTES or tensor.dtype == tf.bfloat16:
         return tf.identity(tensor)
-    memory, address = allocate(size)
-    numbers = np.frombuffer(memory, np.uint8)
-    first = address - numbers.ctypes.data
-    copy = numbers[first : first + size].view(tensor.dtype.as_numpy_dtype)
-    copy = copy.reshape(tensor.shape)
+    copy = allocate(size).view(tensor.dtype.as_numpy_dtype).reshape(tensor.shape)
     copy[...] = tensor.numpy()
     return tf.experimental.dlpack.from_dlpack(copy.__dlpack__())

@@ -31,8 +31,8 @@ from tests.test_cpu_loops import (
     LARGE,
     STREAMED,
     check,
+    check_bias_and_activation,
     check_skipped_zeros,
-    gathered,
     references,
     run_all,
     run_fprop,
@@ -186,18 +186,7 @@ def test_an_output_without_nonzeros_is_plus_zero(cut):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bias_and_activation(cut, dtype, activation, data_format):
-    shape = (2, 5, 9, 6) if data_format == "NHWC" else (2, 6, 5, 9)
-    call = Call(shape, (3, 2, 6, 16), 1, "SAME", data_format, dtype=dtype, bias=True)
-    data, problem = make_data(call), call.problem
-    data.kernel[..., 3] = 0
-    pattern, values = sparse(data.kernel)
-    actual = gathered(
-        fprop_gather(problem), pattern.fprop_rows(), values, data.x,
-        problem.output_shape, data.bias, activation, baked=True,
-    )  # fmt: skip
-    expected = ACTIVATIONS[activation](references(call, data)["fprop"])
-    tolerance = {"float32": 2e-5, "float64": 1e-13}[dtype]
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+    check_bias_and_activation(dtype, activation, data_format, outputs=16, baked=True)
 
 
 @runs_code

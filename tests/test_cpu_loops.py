@@ -311,25 +311,33 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_and_activation(dtype, activation, data_format):
-    if dtype == "int32" and activation > 2:
-        pytest.skip("int32 has no such activation")
+def check_bias_and_activation(
+    dtype: str, activation: int, data_format: str, *, outputs: int, baked: bool = False
+) -> None:
+    """The epilogue agrees with the reference, by loops or by code."""
     shape = (2, 5, 9, 6) if data_format == "NHWC" else (2, 6, 5, 9)
-    call = Call(shape, (3, 2, 6, 10), 1, "SAME", data_format, dtype=dtype, bias=True)
+    kernel = (3, 2, 6, outputs)
+    call = Call(shape, kernel, 1, "SAME", data_format, dtype=dtype, bias=True)
     data, problem = make_data(call), call.problem
     # One output channel has a bias alone.
     data.kernel[..., 3] = 0
     pattern, values = sparse(data.kernel)
     actual = gathered(
         fprop_gather(problem), pattern.fprop_rows(), values, data.x,
-        problem.output_shape, data.bias, activation,
+        problem.output_shape, data.bias, activation, baked=baked,
     )  # fmt: skip
     expected = ACTIVATIONS[activation](references(call, data)["fprop"])
     tolerance = {"float32": 2e-5, "float64": 1e-13, "int32": 0}[dtype]
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_and_activation(dtype, activation, data_format):
+    if dtype == "int32" and activation > 2:
+        pytest.skip("int32 has no such activation")
+    check_bias_and_activation(dtype, activation, data_format, outputs=10)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -59,7 +59,8 @@ class _Block:
 
     def __init__(self, size: int):
         self.size = size
-        self.owner, self.address = allocate(size)
+        self.memory = allocate(size)
+        self.address = self.memory.ctypes.data
         self.managed = _Managed(device_type=_CPU_DEVICE, data=self.address)
         self.managed_address = ctypes.addressof(self.managed)
         self.managed.manager_ctx = self.managed_address + _Managed.in_use.offset
@@ -165,7 +166,8 @@ def scratch(size: int) -> tuple[Any, int]:
     held = getattr(_scratch, "held", None)
     if held is not None and held[0] >= size:
         return held[1:]
-    owner, address = allocate(size)
+    memory = allocate(size)
+    address = memory.ctypes.data
     if size <= KEPT_SCRATCH_BYTES:
-        _scratch.held = (size, owner, address)
-    return owner, address
+        _scratch.held = (size, memory, address)
+    return memory, address
