@@ -181,9 +181,10 @@ class Bench:
             from sparse_conv.backends import cuda, cuda_costs
 
             limits = cuda.limits(self.place)
-            terms = cuda_costs.generic_terms(
-                name, problem, dtype, nnz, limits, self.machine
+            cost = cuda_costs.generic_cost(
+                name, problem, dtype, nnz, limits, self.machine, True
             )
+            return cost.model, dict(cost.terms)
         return f"{algorithm} {name}", terms
 
     def sparse_call(

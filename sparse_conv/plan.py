@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sparse_conv import spmm_plan
 from sparse_conv.gather import Gather
 from sparse_conv.launch import (
     GRID_LIMIT,
@@ -443,6 +444,7 @@ def reachable() -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
             "compress",
         ):
             yield function, (("DTYPE", dtype.upper()),)
+    yield from spmm_plan.reachable()
 
 
 def _gather_defines(

@@ -5,6 +5,7 @@ Needs CuPy and a GPU, no TensorFlow:
     python -m tests.gpu_kernels_check check      problems x configurations x dtypes
     python -m tests.gpu_kernels_check sanitize   a few of each, for compute-sanitizer
     python -m tests.gpu_kernels_check baked      generated code alone, likewise
+    python -m tests.gpu_kernels_check spmm       conv2d_spmm alone, likewise
     python -m tests.gpu_kernels_check time       the seed's main case and its neighbours
 """
 
@@ -27,12 +28,13 @@ if find_spec("tensorflow") is None:
     _package.__path__ = [str(Path(__file__).resolve().parent.parent / "sparse_conv")]
     sys.modules.setdefault("sparse_conv", _package)
 
-from sparse_conv import baked, plan
+from sparse_conv import baked, plan, spmm
 from sparse_conv.baked import BakedConfig
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.launch import Launch
 from sparse_conv.pattern import Pattern, Rows
 from sparse_conv.problem import Geometry, Problem, make_problem
+from sparse_conv.spmm import SpmmConfig
 from sparse_conv.tiling import make_block
 from tests.baked_configs import fitted
 from tests.reference import conv2d_reference, dgrad_reference, wgrad_reference
@@ -244,6 +246,37 @@ def run_baked(run: Runner, case: Case, config: BakedConfig, device=H200) -> int:
     return count
 
 
+def run_spmm(run: Runner, case: Case, config: SpmmConfig) -> int:
+    """Checks both passes by conv2d_spmm; returns how many comparisons were made."""
+    p = case.problem
+    count = 0
+    for name, gather, rows, read, shape, bias in (
+        ("fprop", fprop_gather(p), case.pattern.fprop_rows(), case.x,
+         p.output_shape, case.bias),
+        ("dgrad", dgrad_gather(p), case.pattern.dgrad_rows(dgrad_gather(p)), case.dy,
+         p.input_shape, None),
+    ):  # fmt: skip
+        group_in = gather.in_channels // gather.groups
+        block = spmm.make_spmm_block(
+            gather, case.dtype,
+            dataclasses.replace(config, chunk=min(config.chunk, group_in)),
+        )  # fmt: skip
+        if block is None:
+            continue
+        placed = spmm.place_rows(gather, rows, case.dtype, block)
+        if not spmm.fits(case.dtype, block, placed.capacity, H200):
+            continue
+        arrays = {
+            "read": read, "values": case.values, "offsets": placed.offsets,
+            "begins": placed.begins, "order": rows.order, "bias": bias,
+            "origins": origins(gather), "write": np.empty(shape, read.dtype),
+        }  # fmt: skip
+        launch = spmm.spmm_launch(gather, case.dtype, block, placed.capacity)
+        case.check(name, run(launch, arrays, ("write",))["write"], gather.row_length)
+        count += 1
+    return count
+
+
 def run_wgrad(run: Runner, case: Case, dense: bool, config=None, device=H200) -> None:
     """Checks the kernel's gradient, at the nonzeros or everywhere."""
     gather = fprop_gather(case.problem)
@@ -333,6 +366,12 @@ BAKED_CONFIGS = [
     (BakedConfig(8, 2, 1, 4, 16, 2, splits=4), H200),
     (BakedConfig(6, 4, 1, 4, 16, 1, teams=2, splits=2), H200),
 ]
+SPMM_CONFIGS = [
+    SpmmConfig(1, 2, 2, 4, 2, 4, 8, 2**20),
+    SpmmConfig(2, 2, 1, 16, 1, 7, 9, 8),
+    SpmmConfig(4, 8, 5, 4, 1, 8, 14, 4),
+    SpmmConfig(8, 4, 4, 2, 8, 14, 16, 1),
+]
 WGRAD_CONFIGS = [
     plan.WgradConfig(4, 2, 3, 8, 16, 3, 3),
     plan.WgradConfig(4, 8, 1, 18, 7, 2, 100),
@@ -379,6 +418,8 @@ def check(
         # Each of these has to be compiled first.
         if dtype == "float32" or p in PROBLEMS[1:3]:
             count += check_baked(run, case)
+        if dtype != "int32":
+            count += check_spmm(run, case)
         if not rest:
             continue
         for dense, config in itertools.product(
@@ -397,6 +438,11 @@ def check_baked(run: Runner, case: Case) -> int:
     if case.dtype == "int32":
         return 0
     return sum(run_baked(run, case, config, gpu) for config, gpu in BAKED_CONFIGS)
+
+
+def check_spmm(run: Runner, case: Case) -> int:
+    """Checks conv2d_spmm; returns how many comparisons were made."""
+    return sum(run_spmm(run, case, config) for config in SPMM_CONFIGS)
 
 
 def device_limits() -> plan.DeviceLimits:
@@ -528,6 +574,11 @@ def main() -> None:
         problems = [*PROBLEMS[1:5], *map(other_format, PROBLEMS[1:3])]
         cases = [Case(p, dtype) for p in problems for dtype in ("float32", "float16")]
         print(sum(check_baked(gpu_runner, c) for c in cases), "comparisons agree")
+    if "spmm" in sys.argv:
+        cupy.cuda.set_allocator(None)
+        problems = [*PROBLEMS, *map(other_format, PROBLEMS[1:3])]
+        cases = [Case(p, dtype) for p in problems for dtype in ("float32", "float16")]
+        print(sum(check_spmm(gpu_runner, c) for c in cases), "comparisons agree")
     if "time" in sys.argv:
         time_fprop(problem(1, 256, 512, 3, 64, 11, 11), 0.1)
 

@@ -501,16 +501,17 @@ def test_every_file_of_numbers_serves_every_question(path):
                 assert 0 < one.microseconds < 1e6
 
 
-def test_gpu_models_need_no_gpu():
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gpu_models_need_no_gpu(sparse):
     from sparse_conv.backends import cuda_costs
     from sparse_conv.tiling import DeviceLimits
 
     machine, limits = Machine("cuda-sm90", 132, 32), DeviceLimits(132, 227 * 1024)
     for name in PASSES:
         times = [
-            cuda_costs.generic_microseconds(
-                name, question().problem, "float32", nnz, limits, machine
-            )
+            cuda_costs.generic_cost(
+                name, question().problem, "float32", nnz, limits, machine, sparse
+            ).microseconds
             for nnz in (0, 100, 4608)
         ]
         assert 0 < times[0] <= times[1] <= times[2]

@@ -20,6 +20,7 @@ from sparse_conv.activations import get as get_activation
 from sparse_conv.baked import BakedConfig
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.plan import Direct, TileConfig, WgradConfig
+from sparse_conv.spmm import SpmmConfig
 from tests.baked_configs import fitted
 from tests.baked_passes import (
     baked_dgrad_calls,
@@ -41,6 +42,7 @@ from tests.emulated_passes import (
 from tests.emulator import EmulationError
 from tests.problems import make, make_data
 from tests.reference import conv2d_reference, dgrad_reference, wgrad_reference
+from tests.spmm_passes import spmm_dgrad_call, spmm_fprop_call
 from tests.tolerance import assert_exact
 
 
@@ -180,6 +182,19 @@ def check_compress(text: str) -> None:
             assert_rows(run_calls([call], text)[0], expected, values)
 
 
+# Several warps and chunks, rows that warps lack, and tails.
+SPMM_WIDE = SpmmConfig(2, 2, 2, 2, 1, 4, 11, 2)
+# Slices of rows, and of quads of channels three to a thread.
+SPMM_SLICED = SpmmConfig(1, 2, 1, 2, 4, 4, 5, 4)
+# More rows than a warp has lanes.
+MANY_ROWS = make((1, 2, 3, 4), (1, 2, 4, 50))
+SPMM_ROWS = SpmmConfig(4, 8, 8, 5, 1, 2, 3, 2)
+# As many cells as threads that load them; more quads of channels than a warp loads.
+BROAD = make((1, 16, 16, 4), (1, 1, 4, 3), data_format="NCHW")
+SPMM_BROAD = SpmmConfig(8, 4, 3, 1, 2, 16, 16, 2)
+DEEP = make((1, 3, 4, 40), (1, 1, 40, 12))
+SPMM_DEEP = SpmmConfig(1, 2, 2, 2, 2, 3, 4, 40)
+
 # Channels that are copied in vectors, in two chunks of which the second is shorter;
 # more outputs than are staged at once. Of 16 bits, eight at a time, or four.
 VECTORS = make((2, 5, 9, 24), (3, 3, 24, 36))
@@ -275,6 +290,23 @@ def run_own(calls: list[Call], text: str) -> np.ndarray:
     return run_baked(calls, SAMPLE.sub(lambda _: call.launch.code + "\n", text))
 
 
+def check_spmm(text: str) -> None:
+    calls, expected = [], []
+    for problem, config in (
+        (NHWC, SPMM_WIDE), (NCHW, SPMM_WIDE), (FOURS, SPMM_WIDE),
+        (NHWC, SPMM_SLICED), (VECTORS, SPMM_SLICED), (MANY_ROWS, SPMM_ROWS),
+        (BROAD, SPMM_BROAD), (DEEP, SPMM_DEEP),
+    ):  # fmt: skip
+        data = make_data(problem, "float32", 0.5, whole=True)
+        calls.append(spmm_fprop_call(problem, data, "float32", config, bias=True))
+        bias = data.bias if problem not in (NCHW, BROAD) else data.bias[:, None, None]
+        expected.append(conv2d_reference(data.x, data.dense, problem) + bias)
+        calls.append(spmm_dgrad_call(problem, data, "float32", config))
+        expected.append(dgrad_reference(data.dy, data.dense, problem))
+    for result, exact in zip(run_calls(calls, text), expected, strict=True):
+        assert_exact(result["write"], exact, "spmm")
+
+
 CLUSTERS = "conv2d_baked in clusters"
 # Each begins with the name of the function that is checked.
 CHECKS = {
@@ -284,6 +316,7 @@ CHECKS = {
     "conv2d_wgrad_direct": check_wgrad(Direct()),
     "sum_partials": check_sum,
     "compress": check_compress,
+    "conv2d_spmm": check_spmm,
     "conv2d_baked": check_baked,
     CLUSTERS: check_baked_clusters,
 }
@@ -342,6 +375,38 @@ MISTAKES = {
         (r"tap_h \* lattice\.row_pitch \+", "tap_h * lattice.columns +"),
         (r"number < a\.subtiles", "number <= a.subtiles"),
         (r"step \* geometry\.h\.stride \* subtile", "step * subtile"),
+    ],
+    "conv2d_spmm": [
+        # Which cells, and of which channels, a thread loads.
+        (r"next\.cell >= count", "next.cell > count"),
+        (r"next\.channel \+= share\.at_once \* UNIT", "next.channel += UNIT"),
+        (r"\(count - 1 - next\.cell\)", "(count - next.cell)"),
+        (r"\(channels - 1 - next\.channel\)", "(channels - next.channel)"),
+        (r"left % 2", "left % 2 == 0"),
+        (r"left >= 2\)", "left > 2)"),
+        (r"\(y - window\.y_begin\) \* window\.x_count", "y * window.x_count"),
+        (r"\* a\.steps\.read_channel;\n        batch", "* 1;\n        batch"),
+        (r"k \* plane", "k * 4"),
+        # Which entries are loaded, and where they go.
+        (r"__ldg\(own \+ 1\)", "__ldg(own + 1) - 1"),
+        (r"quads = \(span\.count \+ QUAD - 1\)", "quads = span.count"),
+        (r"place \+ behind - quads", "behind - quads"),
+        (r"entries\[i / QUAD\]", "entries[i / (QUAD + 1)]"),
+        (r"a\.order \? __ldg\(a\.order \+ begin \+ i\)", "a.order ? begin + i"),
+        (r"first_row \+ lane < channels\) buffer", "lane < channels) buffer"),
+        # What a warp adds.
+        (r"quads \* \(slice \+ 1\)", "quads * slice"),
+        (r"min\(span\.count, end \* QUAD\)", "end * QUAD"),
+        (r"if \(k < count\)", "if (k <= count)"),
+        (r"count > QUAD; count", "count >= QUAD; count"),
+        (r"\*\+\+entries", "*entries++"),
+        (r"chunk % 2 \* a\.buffer", "0"),
+        (r"warp % a\.row_warps \* a\.warp_rows", "warp % a.row_warps"),
+        # What is stored.
+        (r"offset < 0", "offset < -1"),
+        (r"row >= channels", "row > channels"),
+        (r"slice < 1 << a\.slices_log2", "slice < 1"),
+        (r"staged\[slice \* to_next\]", "staged[0]"),
     ],
     "conv2d_gather_direct": [
         (r"number < outputs; number", "number <= outputs; number"),

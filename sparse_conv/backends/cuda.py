@@ -13,11 +13,12 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from sparse_conv import bridge, costs, plan
+from sparse_conv import bridge, costs, plan, spmm, spmm_plan
 from sparse_conv.activations import LINEAR
 from sparse_conv.backends import cuda_baked, cuda_costs
 from sparse_conv.backends.cuda_baked import BakedCode, BakedRun
@@ -99,22 +100,29 @@ def fprop(
     """The forward pass."""
     del constant
     gather = fprop_gather(problem)
-    launch = plan.gather_launch(
-        gather,
-        dtype.name,
-        _nonzeros(problem, pattern),
-        activation,
-        has_bias=has_bias,
-        has_order=False,
-        device=limits(place),
-    )
-    rows = None
+    generic = None
     if pattern is not None:
-        rows = _pattern_rows(pattern, "fprop", pattern.fprop_rows, place)
-    compress = plan.compress_launch(
-        gather, dtype.name, problem.kernel_shape, transposed=False
-    )
-    generic = _gather_run(launch, gather, compress, rows, dtype, shape, place)
+        generic = _spmm_run(
+            "fprop", problem, pattern, pattern.fprop_rows, activation, dtype, shape,
+            place,
+        )  # fmt: skip
+    if generic is None:
+        launch = plan.gather_launch(
+            gather,
+            dtype.name,
+            _nonzeros(problem, pattern),
+            activation,
+            has_bias=has_bias,
+            has_order=False,
+            device=limits(place),
+        )
+        rows = None
+        if pattern is not None:
+            rows = _pattern_rows(pattern, "fprop", pattern.fprop_rows, place)
+        compress = plan.compress_launch(
+            gather, dtype.name, problem.kernel_shape, transposed=False
+        )
+        generic = _gather_run(launch, gather, compress, rows, dtype, shape, place)
     if algorithm != "baked":
         return generic
     code = _baked_code("fprop", gather, pattern, dtype, place)
@@ -136,22 +144,31 @@ def dgrad(
     """The gradient to the input."""
     del constant
     gather = dgrad_gather(problem)
-    launch = plan.gather_launch(
-        gather,
-        dtype.name,
-        _nonzeros(problem, pattern),
-        has_bias=False,
-        has_order=pattern is not None,
-        device=limits(place),
-    )
-    rows = None
+    generic = None
     if pattern is not None:
-        key = (gather.groups, gather.h.kernel_taps, gather.w.kernel_taps)
-        rows = _pattern_rows(pattern, key, lambda: pattern.dgrad_rows(gather), place)
-    compress = plan.compress_launch(
-        gather, dtype.name, problem.kernel_shape, transposed=True
-    )
-    generic = _gather_run(launch, gather, compress, rows, dtype, shape, place)
+        generic = _spmm_run(
+            "dgrad", problem, pattern, lambda: pattern.dgrad_rows(gather), LINEAR.code,
+            dtype, shape, place,
+        )  # fmt: skip
+    if generic is None:
+        launch = plan.gather_launch(
+            gather,
+            dtype.name,
+            _nonzeros(problem, pattern),
+            has_bias=False,
+            has_order=pattern is not None,
+            device=limits(place),
+        )
+        rows = None
+        if pattern is not None:
+            key = (gather.groups, gather.h.kernel_taps, gather.w.kernel_taps)
+            rows = _pattern_rows(
+                pattern, key, lambda: pattern.dgrad_rows(gather), place
+            )
+        compress = plan.compress_launch(
+            gather, dtype.name, problem.kernel_shape, transposed=True
+        )
+        generic = _gather_run(launch, gather, compress, rows, dtype, shape, place)
     if algorithm != "baked":
         return generic
     code = _baked_code("dgrad", gather, pattern, dtype, place)
@@ -223,10 +240,12 @@ def estimates(
     sparse: bool,
 ) -> tuple[Estimate, ...]:
     """What each algorithm would take; see `sparse_conv.backends`."""
-    del sparse
     sizes = (pass_name, problem, dtype.name, nnz, limits(place), machine(place))
-    predicted = cuda_costs.generic_microseconds(*sizes)
-    generic = Estimate("generic", predicted, f"functions that read the {nnz} weights")
+    cost = cuda_costs.generic_cost(*sizes, sparse)
+    reason = f"functions that read the {nnz} weights"
+    if cost.block is not None:
+        reason = f"{reason}, in {spmm_plan.described(cost.block)}"
+    generic = Estimate("generic", cost.microseconds, reason)
     if not constant:
         reason = "code is generated for a SparseKernel whose values stay the same"
         return generic, Estimate("baked", None, reason)
@@ -307,6 +326,63 @@ def _gather_run(
     return run
 
 
+class _PlacedRows(NamedTuple):
+    """Sparse rows on the GPU, for one configuration of conv2d_spmm."""
+
+    operands: Operands
+    capacity: int
+
+
+def _spmm_run(
+    pass_name: str,
+    problem: Problem,
+    pattern: Pattern,
+    make_rows: Callable[[], Rows],
+    activation: int,
+    dtype: tf.DType,
+    shape: tuple[int, ...],
+    place: Place,
+) -> Callable[..., tf.Tensor] | None:
+    """A pass by conv2d_spmm; None where it doesn't fit or others are faster."""
+    cost = cuda_costs.generic_cost(
+        pass_name, problem, dtype.name, pattern.nnz, limits(place), machine(place), True
+    )
+    block, gather = cost.block, gather_of(pass_name, problem)
+    if block is None:
+        return None
+
+    def placed() -> _PlacedRows:
+        rows = make_rows()
+        found = spmm.place_rows(gather, rows, dtype.name, block)
+        arrays = {"begins": found.begins.ravel(), "offsets": found.offsets}
+        if rows.order is not None:
+            arrays["order"] = rows.order
+        return _PlacedRows(_upload_pieces(arrays, place), found.capacity)
+
+    # All that the rows, and where they are placed, depend on.
+    taps = (gather.groups, gather.h.kernel_taps, gather.w.kernel_taps)
+    layout = (block.lattice, block.config.block_rows)
+    rows = pattern.cached(("cuda spmm", pass_name, taps, layout, dtype, place), placed)
+    if not spmm.fits(dtype.name, block, rows.capacity, limits(place)):
+        # A part of the kernel is far denser than the rest.
+        return None
+    launch = spmm.spmm_launch(gather, dtype.name, block, rows.capacity, activation)
+    ordinal = bridge.ordinal_of(place)
+    step = Step(launch, ordinal, {**rows.operands, "origins": _origins(gather, place)})
+
+    def run(read: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
+        write, memory = bridge.output(shape, dtype, place)
+        operands = {"read": known_memory(read), "write": memory}
+        operands["values"] = known_memory(w)
+        if bias is not None:
+            operands["bias"] = known_memory(bias)
+        with ordered(ordinal) as lane:
+            lane.launch(step, operands)
+        return write
+
+    return run
+
+
 def _baked_code(
     pass_name: str, gather: Gather, pattern: Pattern, dtype: tf.DType, place: Place
 ) -> BakedCode:
@@ -350,6 +426,11 @@ def _upload_rows(rows: Rows, place: Place) -> Operands:
     arrays = {"begin": rows.begin, "end": rows.end, "indices": rows.indices}
     if rows.order is not None:
         arrays["order"] = rows.order
+    return _upload_pieces(arrays, place)
+
+
+def _upload_pieces(arrays: Mapping[str, np.ndarray], place: Place) -> Operands:
+    """int32 arrays in one piece of GPU memory."""
     together = _upload(np.concatenate(list(arrays.values())), place)
     return _pieces(together, {name: array.nbytes for name, array in arrays.items()})
 
