@@ -16,24 +16,7 @@
 #endif
 
 #if defined(CUDA_EMULATION)
-#elif __CUDA_ARCH__ < 800
-
-template <int BYTES>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool exists) {
-    const unsigned* source = static_cast<const unsigned*>(global);
-    unsigned words[BYTES / 4];
-#pragma unroll
-    for (int i = 0; i < BYTES / 4; ++i) words[i] = exists ? source[i] : 0u;
-#pragma unroll
-    for (int i = 0; i < BYTES / 4; ++i) static_cast<unsigned*>(shared)[i] = words[i];
-}
-
-__device__ __forceinline__ void commit_copies() {}
-
-template <int BATCHES>
-__device__ __forceinline__ void wait_for_copies() {}
-
-#else
+#elif __CUDA_ARCH__ >= 800
 
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool exists) {
@@ -68,5 +51,22 @@ template <int BATCHES>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(BATCHES) : "memory");
 }
+
+#else
+
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool exists) {
+    const unsigned* source = static_cast<const unsigned*>(global);
+    unsigned words[BYTES / 4];
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; ++i) words[i] = exists ? source[i] : 0u;
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; ++i) static_cast<unsigned*>(shared)[i] = words[i];
+}
+
+__device__ __forceinline__ void commit_copies() {}
+
+template <int BATCHES>
+__device__ __forceinline__ void wait_for_copies() {}
 
 #endif

@@ -17,8 +17,10 @@ from sparse_conv.launch import WARP
 from sparse_conv.spmm import SpmmBlock, SpmmConfig, fits, make_spmm_block, spmm_defines
 from sparse_conv.tiling import PACKS, QUAD, DeviceLimits, phase_outputs
 
-# (POSITIONS, ROWS) that conv2d_spmm.cu is compiled for.
+# (POSITIONS, ROWS) that conv2d_spmm.cu is compiled for, where the sums of a thread take
+# so many registers at most.
 VARIANTS = ((1, 2), (2, 2), (4, 2), (8, 2), (4, 8), (8, 4))
+_MOST_SUM_REGISTERS = 32
 # TensorFlow keeps integers in host memory.
 DTYPES = tuple(dtype for dtype in PACKS if dtype != "int32")
 # (warp_rows, row_warps, slices) worth comparing.
@@ -76,7 +78,7 @@ def choose_spmm_block(
     best = SpmmChoice(None, float("inf"))
     if dtype not in DTYPES:
         return best
-    for config in _candidates(gather):
+    for config in _candidates(gather, dtype):
         block = make_spmm_block(gather, dtype, config)
         if block is None or not fits(
             dtype, block, _capacity(gather, nnz, block), device
@@ -100,19 +102,26 @@ def described(block: SpmmBlock) -> str:
 def reachable() -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
     """Every (function, defines) that a launch can name."""
     for dtype in DTYPES:
-        for positions, rows in VARIANTS:
+        for positions, rows in _variants(dtype):
             yield "conv2d_spmm", spmm_defines(dtype, positions, rows)
 
 
-def _candidates(gather: Gather) -> Iterator[SpmmConfig]:
+def _variants(dtype: str) -> list[tuple[int, int]]:
+    """Those of VARIANTS that a dtype has."""
+    most = _MOST_SUM_REGISTERS * 4 // PACKS[dtype][1]
+    return [(p, r) for p, r in VARIANTS if p * r <= most]
+
+
+def _candidates(gather: Gather, dtype: str) -> Iterator[SpmmConfig]:
     """The configurations worth comparing."""
+    variants = _variants(dtype)
     height, width = phase_outputs(gather.h), phase_outputs(gather.w)
     group_in = gather.in_channels // gather.groups
     group_out = gather.out_channels // gather.groups
     chunks = sorted({group_in, *(chunk for chunk in _CHUNKS if chunk < group_in)})
     tiles = {
         (positions, min(height, positions * WARP // tile_w), tile_w)
-        for positions in {positions for positions, _ in VARIANTS}
+        for positions in {positions for positions, _ in variants}
         for tile_w in {min(width, tile_w) for tile_w in _WIDTHS}
         if tile_w <= positions * WARP
     }
@@ -123,7 +132,7 @@ def _candidates(gather: Gather) -> Iterator[SpmmConfig]:
             continue
         for warp_rows, row_warps, slices in _DIVISIONS:
             rows = next(
-                (r for p, r in VARIANTS if p == positions and r >= warp_rows), None
+                (r for p, r in variants if p == positions and r >= warp_rows), None
             )
             # Of more rows than there are, a part is idle.
             if rows is None or warp_rows * row_warps >= 2 * max(group_out, 4):
