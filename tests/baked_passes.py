@@ -18,7 +18,7 @@ from sparse_conv.pattern import Rows
 from sparse_conv.problem import Problem
 from sparse_conv.tiling import DeviceLimits
 from tests.baked_configs import fitted
-from tests.emulated_passes import LARGE_GPU, LITTLE_GPU, Call, run_calls
+from tests.emulated_passes import LARGE_GPU, LITTLE_GPU, Call, origins_of, run_calls
 from tests.problems import DTYPES, Data
 
 
@@ -44,11 +44,10 @@ def baked_calls(
     activation: int = 0,
 ) -> list[Call]:
     """The calls of one pass, each of which writes a part of the result."""
-    origins = np.array([*gather.h.origins, *gather.w.origins], np.int32)
     arrays = {
         "read": read,
         "bias": bias,
-        "origins": origins if baked.needs_origins(gather) else None,
+        "origins": origins_of(gather) if baked.needs_origins(gather) else None,
         "write": np.empty(shape, DTYPES[dtype]),
     }
     return [

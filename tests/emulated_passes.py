@@ -68,7 +68,8 @@ def run_calls(
     return ascending
 
 
-def _origins(gather: Gather) -> np.ndarray:
+def origins_of(gather: Gather) -> np.ndarray:
+    """What the pointer "origins" of a launch points to."""
     return np.array([*gather.h.origins, *gather.w.origins], np.int32)
 
 
@@ -100,7 +101,7 @@ def _gather_call(
         "indices": rows.indices,
         "order": rows.order,
         "bias": bias,
-        "origins": _origins(gather),
+        "origins": origins_of(gather),
         "write": np.empty(shape, DTYPES[dtype]),
     }
     return Call(launch, arrays, ("write",))
@@ -163,7 +164,7 @@ def wgrad_calls(
         "begin": None if dense else rows.begin,
         "end": None if dense else rows.end,
         "indices": None if dense else rows.indices,
-        "origins": _origins(gather),
+        "origins": origins_of(gather),
         "workspace": np.empty(workspace_bytes, np.uint8),
     }
     shape = problem.kernel_shape if dense else data.values.shape

@@ -209,16 +209,21 @@ def run_dgrad(run: Runner, case: Case, config=None, device=H200) -> None:
     case.check("dgrad", got, gather.row_length)
 
 
+def both_passes(case: Case) -> tuple[tuple, tuple]:
+    """Of each pass: name, gather, rows, what is read, shape of the result, bias."""
+    p = case.problem
+    fprop, dgrad = fprop_gather(p), dgrad_gather(p)
+    fprop_rows, dgrad_rows = case.pattern.fprop_rows(), case.pattern.dgrad_rows(dgrad)
+    return (
+        ("fprop", fprop, fprop_rows, case.x, p.output_shape, case.bias),
+        ("dgrad", dgrad, dgrad_rows, case.dy, p.input_shape, None),
+    )
+
+
 def run_baked(run: Runner, case: Case, config: BakedConfig, device=H200) -> int:
     """Checks both passes by generated code; returns how many comparisons were made."""
-    p = case.problem
     count = 0
-    for name, gather, rows, read, shape, bias in (
-        ("fprop", fprop_gather(p), case.pattern.fprop_rows(), case.x,
-         p.output_shape, case.bias),
-        ("dgrad", dgrad_gather(p), case.pattern.dgrad_rows(dgrad_gather(p)), case.dy,
-         p.input_shape, None),
-    ):  # fmt: skip
+    for name, gather, rows, read, shape, bias in both_passes(case):
         block = baked.make_baked_block(
             gather, case.dtype, fitted(config, gather), device
         )
@@ -248,14 +253,8 @@ def run_baked(run: Runner, case: Case, config: BakedConfig, device=H200) -> int:
 
 def run_spmm(run: Runner, case: Case, config: SpmmConfig) -> int:
     """Checks both passes by conv2d_spmm; returns how many comparisons were made."""
-    p = case.problem
     count = 0
-    for name, gather, rows, read, shape, bias in (
-        ("fprop", fprop_gather(p), case.pattern.fprop_rows(), case.x,
-         p.output_shape, case.bias),
-        ("dgrad", dgrad_gather(p), case.pattern.dgrad_rows(dgrad_gather(p)), case.dy,
-         p.input_shape, None),
-    ):  # fmt: skip
+    for name, gather, rows, read, shape, bias in both_passes(case):
         group_in = gather.in_channels // gather.groups
         block = spmm.make_spmm_block(
             gather, case.dtype,

@@ -16,7 +16,7 @@ from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.pattern import Rows
 from sparse_conv.problem import Problem
 from sparse_conv.spmm import SpmmConfig
-from tests.emulated_passes import LARGE_GPU, Call
+from tests.emulated_passes import LARGE_GPU, Call, origins_of
 from tests.problems import DTYPES, Data
 
 
@@ -47,7 +47,7 @@ def spmm_call(
         "begins": placed.begins,
         "order": rows.order,
         "bias": bias,
-        "origins": np.array([*gather.h.origins, *gather.w.origins], np.int32),
+        "origins": origins_of(gather),
         "write": np.empty(shape, DTYPES[dtype]),
     }
     launch = spmm.spmm_launch(gather, dtype, block, placed.capacity, activation)

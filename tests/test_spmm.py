@@ -178,7 +178,7 @@ def test_new_values_and_gradients_need_no_new_rows():
 def test_a_row_that_is_far_denser_than_the_others_is_served():
     skip_unless_usable("cuda")
     x, w = operands("float32")
-    w = tf.concat([w[..., :1] * 0 + 1, w[..., 1:] * 0 + w[..., 1:]], -1)
+    w = tf.concat([tf.ones_like(w[..., :1]), w[..., 1:]], -1)
     kernel = sparse_conv.SparseKernel.from_dense(w)
     y = sparse_conv.conv2d(x, kernel, 1, "SAME", algorithm="generic")
     assert_close(y, x, w, "float32")

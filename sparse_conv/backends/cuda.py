@@ -297,7 +297,7 @@ def tuned(
 def _gather_run(
     launch: Launch,
     gather: Gather,
-    compress: Launch,
+    compress: Launch | None,
     rows: Operands | None,
     dtype: tf.DType,
     shape: tuple[int, ...],
@@ -367,20 +367,7 @@ def _spmm_run(
         # A part of the kernel is far denser than the rest.
         return None
     launch = spmm.spmm_launch(gather, dtype.name, block, rows.capacity, activation)
-    ordinal = bridge.ordinal_of(place)
-    step = Step(launch, ordinal, {**rows.operands, "origins": _origins(gather, place)})
-
-    def run(read: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
-        write, memory = bridge.output(shape, dtype, place)
-        operands = {"read": known_memory(read), "write": memory}
-        operands["values"] = known_memory(w)
-        if bias is not None:
-            operands["bias"] = known_memory(bias)
-        with ordered(ordinal) as lane:
-            lane.launch(step, operands)
-        return write
-
-    return run
+    return _gather_run(launch, gather, None, rows.operands, dtype, shape, place)
 
 
 def _baked_code(
