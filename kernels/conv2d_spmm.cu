@@ -20,6 +20,7 @@
 #include "tile.cuh"
 #include "epilogue.cuh"
 #include "async_copy.cuh"
+#include "spmm_entries.cuh"
 
 #ifndef POSITIONS
 #define POSITIONS 2
@@ -27,34 +28,36 @@
 #ifndef ROWS
 #define ROWS 4
 #endif
-
-// Whether numbers are stored as they are accumulated, so that they can be copied.
-#define COPIES (DTYPE != FLOAT16 && DTYPE != BFLOAT16)
-// Warps that load.
+// Warps that load, and warps that compute, at most.
 #define LOADERS 8
-// Warps that compute, at most.
 #define MAX_WARPS 16
 
 struct Arguments {
     const Storage* read;
-    const Storage* values;
-    // For each entry, in bytes from a lane's place in the tile; the same order as values.
-    const int* offsets;
-    // For each row the first entry of each chunk, and behind them the row's end.
-    const int* begins;
-    // Null where values are in the order of rows.
-    const int* order;
+    // What place_entries.cu has written: those of a block's rows in a chunk are `pieces`
+    // pieces.
+    const Piece* entries;
     const Storage* bias;
     const int* origins;
     Storage* write;
     Geometry geometry;
     Tiling tiling;
+    int images;
+    // Of a tile, at most.
+    int tile_images;
     // Of one pair of row sets.
-    int subtiles;
+    int tiles;
+    // From one image of a tile to the next, in accumulators, and in rows of the lattice;
+    // those that follow are the next image's, too.
+    int image_pitch;
+    int image_rows;
+    // Outputs of a row of a tile, at most; lanes may be more.
+    int width;
     // Pitches in accumulators.
     Lattice lattice;
     Divisor by_block_rows;
-    // Over the pixels of a tile.
+    // Over the pixels of an image in a tile, and of all of them.
+    Divisor by_area;
     Divisor by_pixels;
     // Threads that load neighbouring channels of a pixel.
     Divisor by_channel_threads;
@@ -68,6 +71,7 @@ struct Arguments {
     int slices_log2;
     // Entries of a block and a chunk, at most, in quads.
     int capacity;
+    int pieces;
     // From one buffer to the next, in bytes: a tile, entries, and the rows' spans.
     int buffer;
     // From one row to the next where sums are added, in accumulators.
@@ -80,23 +84,11 @@ struct Arguments {
     Steps steps;
 };
 
-// Entries of a row in shared memory, as they are read.
-struct alignas(16) Entries {
-    Accumulator weights[QUAD];
-    int offsets[QUAD];
-};
-
 // A place of a tile in which there is input: where it is read from, in elements from the
 // window's origin on, and where it goes in the buffer, in bytes.
 struct Cell {
     int from;
     int to;
-};
-
-// A row's entries of a chunk: the first one's quad, and how many they are.
-struct Span {
-    int first;
-    int count;
 };
 
 struct Buffer {
@@ -133,27 +125,67 @@ __device__ __forceinline__ Share find_share(const Arguments& a, int thread, int 
     return share;
 }
 
+// What a block reads and what it writes of its first image, and how many images it has;
+// nothing, if its phase has no outputs.
+struct Windows {
+    Window input;
+    Window output;
+    int images;
+};
+
+__device__ __forceinline__ Windows find_windows(
+    const Arguments& a, int set, int number, int first_input) {
+    const Geometry& geometry = a.geometry;
+    const int set_h = set / geometry.w.row_sets;
+    const int set_w = set % geometry.w.row_sets;
+    Windows windows = {empty_window(), empty_window(), 0};
+    Subtile subtile;
+    if (find_subtile(number, set_h, set_w, geometry, a.tiling, subtile)) {
+        subtile.image *= a.tile_images;
+        windows.images = min(a.tile_images, a.images - subtile.image);
+        windows.input =
+            input_window(a.read, subtile, first_input, geometry, a.lattice.extent_h,
+                         a.lattice.extent_w, __ldg(a.origins + subtile.phase_h),
+                         __ldg(a.origins + geometry.h.visited + subtile.phase_w));
+        windows.output = output_window(a.write, subtile, geometry, a.tiling);
+    }
+    return windows;
+}
+
 // Lists the cells of the tile, and puts zeros where there is no input: in both buffers, for
-// all chunks.
+// all chunks. The margins of neighbouring rows, and images, may share their places.
 __device__ __forceinline__ void list_cells(
-    const Arguments& a, const Share& share, const Window& window, Cell* cells, char* buffers) {
+    const Arguments& a, const Share& share, const Windows& windows, Cell* cells,
+    char* buffers) {
+    const Window& window = windows.input;
     const int places = a.lattice.extent_h * a.lattice.extent_w;
-    for (int place = share.cell; place < places; place += share.cells_at_once) {
-        const int y = divide(place, a.lattice.by_extent_w);
-        const int x = place - y * a.lattice.extent_w;
+    for (int place = share.cell; place < places * a.tile_images;
+         place += share.cells_at_once) {
+        const int image = place / places;
+        const int y = divide(place - image * places, a.lattice.by_extent_w);
+        const int x = place - image * places - y * a.lattice.extent_w;
         const int quotient = divide(x, a.lattice.by_stride_w);
         const int remainder = x - quotient * a.lattice.by_stride_w.divisor;
-        const int word =
-            y * a.lattice.row_pitch + remainder * a.lattice.columns + quotient;
+        const int word = image * a.image_pitch + y * a.lattice.row_pitch +
+                         remainder * a.lattice.columns + quotient;
         Cell cell;
-        cell.from = y * a.steps.read_row + x * a.steps.read_column;
+        cell.from = image * static_cast<int>(a.geometry.read.image) +
+                    y * a.steps.read_row + x * a.steps.read_column;
         cell.to = word * static_cast<int>(sizeof(Accumulator));
         if (contains(window, y, x)) {
             const int number =
-                (y - window.y_begin) * window.x_count + x - window.x_begin;
+                (image * window.y_count + y - window.y_begin) * window.x_count + x -
+                window.x_begin;
             if (share.channel == 0) cells[number] = cell;
             continue;
         }
+        // Each is written once: as the next image's, or the next row's.
+        const bool last = image == a.tile_images - 1;
+        const bool apart = a.image_pitch > a.image_rows * a.lattice.row_pitch;
+        const bool next_image = (y >= a.image_rows) & !last;
+        const bool next_row = (word - image * a.image_pitch >= (y + 1) * a.lattice.row_pitch) &
+                              !((last | apart) & (y == a.lattice.extent_h - 1));
+        if (next_image | next_row) continue;
         for (int channel = share.channel; channel < a.chunk; channel += share.at_once) {
             char* to = buffers + cell.to +
                        channel * a.lattice.plane_pitch * static_cast<int>(sizeof(Accumulator));
@@ -239,85 +271,31 @@ __device__ __forceinline__ void load_batch(
 // Loads the thread's share of a chunk of channels, UNIT neighbouring ones at a time.
 template <int UNIT>
 __device__ __forceinline__ void load_inputs(
-    const Arguments& a, const Share& share, const Window& window, const Cell* cells,
+    const Arguments& a, const Share& share, const Windows& windows, const Cell* cells,
     char* tile, int first_channel) {
     const int channels = min(a.chunk, a.geometry.group_in - first_channel);
-    const int count = window.y_count * window.x_count;
+    const Window& window = windows.input;
+    const int count = windows.images * window.y_count * window.x_count;
     Next next = {share.cell, share.channel * UNIT};
     if (next.cell >= count || next.channel >= channels) return;
     int left = (count - 1 - next.cell) / share.cells_at_once + 1;
     left *= (channels - 1 - next.channel) / (share.at_once * UNIT) + 1;
     const Storage* origin =
         window.origin + widening(first_channel, a.steps.read_channel);
-    for (; left >= 4; left -= 4) {
-        load_batch<UNIT, 4>(a, share, cells, count, origin, tile, next);
+    for (; left >= 8; left -= 8) {
+        load_batch<UNIT, 8>(a, share, cells, count, origin, tile, next);
     }
-    if (left >= 2) load_batch<UNIT, 2>(a, share, cells, count, origin, tile, next);
+    if (left >= 4) load_batch<UNIT, 4>(a, share, cells, count, origin, tile, next);
+    if (left % 4 >= 2) load_batch<UNIT, 2>(a, share, cells, count, origin, tile, next);
     if (left % 2) load_batch<UNIT, 1>(a, share, cells, count, origin, tile, next);
 }
 
-// The first entry of a row in a chunk, and the one behind the last.
-struct Ends {
-    int begin;
-    int end;
-};
-
-// Those of the row `row` of the block, if there is one; `begins` is that of its first row.
-__device__ __forceinline__ Ends find_ends(
-    const Arguments& a, const int* begins, int row, int channels, int chunk) {
-    Ends ends = {0, 0};
-    if (row < channels) {
-        const int* own = begins + widening(row, a.chunks + 1) + chunk;
-        ends.begin = __ldg(own);
-        ends.end = __ldg(own + 1);
-    }
-    return ends;
-}
-
-// Copies the entries of a row to where they are read.
+// Copies the entries of a chunk, and their spans.
 __device__ __forceinline__ void copy_entries(
-    const Arguments& a, int begin, int count, Entries* entries) {
-    for (int i = threadIdx.x % WARP; i < count; i += WARP) {
-        Entries& target = entries[i / QUAD];
-        copy_async<sizeof(int)>(target.offsets + i % QUAD, a.offsets + begin + i, true);
-        const int value = a.order ? __ldg(a.order + begin + i) : begin + i;
-#if COPIES
-        copy_async<sizeof(Storage)>(target.weights + i % QUAD, a.values + value, true);
-#else
-        target.weights[i % QUAD] = to_accumulator(__ldg(a.values + value));
-#endif
-    }
-}
-
-// Loads the entries of a chunk, every `loaders`-th row's, from row `loader` on. `ends` are
-// those of the first rows, one in each lane.
-__device__ __forceinline__ void load_entries(
-    const Arguments& a, const int* begins, int channels, int chunk, Ends ends, int loader,
-    int loaders, const Buffer& buffer) {
-    const int lane = threadIdx.x % WARP;
-    int place = 0;
-    for (int first_row = 0; first_row < channels; first_row += WARP) {
-        if (first_row) ends = find_ends(a, begins, first_row + lane, channels, chunk);
-        Span span;
-        span.count = ends.end - ends.begin;
-        // Each row begins a quad.
-        const int quads = (span.count + QUAD - 1) / QUAD;
-        int behind = quads;
-#pragma unroll
-        for (int apart = 1; apart < WARP; apart *= 2) {
-            const int before = __shfl_up_sync(FULL_MASK, behind, apart);
-            if (lane >= apart) behind += before;
-        }
-        span.first = place + behind - quads;
-        place += __shfl_sync(FULL_MASK, behind, WARP - 1);
-        if (loader == 0 && first_row + lane < channels) buffer.spans[first_row + lane] = span;
-        const int rows = min(WARP, channels - first_row);
-        for (int r = loader; r < rows; r += loaders) {
-            const int begin = __shfl_sync(FULL_MASK, ends.begin, r);
-            const int count = __shfl_sync(FULL_MASK, span.count, r);
-            const int first = __shfl_sync(FULL_MASK, span.first, r);
-            copy_entries(a, begin, count, buffer.entries + first);
-        }
+    const Arguments& a, const Piece* from, int thread, int threads, const Buffer& buffer) {
+    Piece* to = reinterpret_cast<Piece*>(buffer.entries);
+    for (int i = thread; i < a.pieces; i += threads) {
+        copy_async<sizeof(Piece)>(to + i, from + i, true);
     }
 }
 
@@ -351,29 +329,6 @@ __device__ __forceinline__ void add_row(
     }
 }
 
-// What a block reads and what it writes; nothing, if its phase has no outputs.
-struct Windows {
-    Window input;
-    Window output;
-};
-
-__device__ __forceinline__ Windows find_windows(
-    const Arguments& a, int set, int number, int first_input) {
-    const Geometry& geometry = a.geometry;
-    const int set_h = set / geometry.w.row_sets;
-    const int set_w = set % geometry.w.row_sets;
-    Windows windows = {empty_window(), empty_window()};
-    Subtile subtile;
-    if (find_subtile(number, set_h, set_w, geometry, a.tiling, subtile)) {
-        windows.input =
-            input_window(a.read, subtile, first_input, geometry, a.lattice.extent_h,
-                         a.lattice.extent_w, __ldg(a.origins + subtile.phase_h),
-                         __ldg(a.origins + geometry.h.visited + subtile.phase_w));
-        windows.output = output_window(a.write, subtile, geometry, a.tiling);
-    }
-    return windows;
-}
-
 // Puts the warp's sums where those of all slices are added.
 __device__ __forceinline__ void stage(
     const Arguments& a, Accumulator* staged, int rows, int first_row, int slice,
@@ -394,13 +349,17 @@ __device__ __forceinline__ void stage(
 // What the loaders do in the end: they find where each pixel is written, from the window's
 // first on; negative if it doesn't exist.
 __device__ __forceinline__ void list_outputs(
-    const Arguments& a, const Window& output, int* offsets) {
+    const Arguments& a, const Windows& windows, int* offsets) {
     const int first = threadIdx.x - (blockDim.x - LOADERS * WARP);
-    for (int pixel = first; pixel < a.by_pixels.divisor; pixel += LOADERS * WARP) {
+    for (int i = first; i < a.by_pixels.divisor; i += LOADERS * WARP) {
+        const int image = divide(i, a.by_area);
+        const int pixel = i - image * a.by_area.divisor;
         const int y = divide(pixel, a.tiling.by_tile_w);
         const int x = pixel - y * a.tiling.tile_w;
-        const bool exists = contains(output, y, x);
-        offsets[pixel] = exists ? y * a.steps.write_row + x * a.steps.write_column : -1;
+        const bool exists = contains(windows.output, y, x) & (image < windows.images);
+        const int place = image * static_cast<int>(a.geometry.write.image) +
+                          y * a.steps.write_row + x * a.steps.write_column;
+        offsets[i] = exists ? place : -1;
     }
 }
 
@@ -458,21 +417,20 @@ __device__ __forceinline__ void meet() {
 #endif
 }
 
-// Loads a chunk; `loaders` warps do, of which the thread's is number `loader`.
+// Loads a chunk; `loaders` warps do, of which the thread's is number
+// `loader`.
 __device__ __forceinline__ void load_chunk(
-    const Arguments& a, const Window& input, const Cell* cells, const int* begins,
-    int channels, int chunk, int loader, int loaders, const Buffer& buffer) {
-    const int lane = threadIdx.x % WARP;
-    const Share share = find_share(a, loader * WARP + lane, loaders * WARP);
-    // On their way while inputs are loaded.
-    const Ends ends = find_ends(a, begins, lane, channels, chunk);
+    const Arguments& a, const Windows& windows, const Cell* cells, const Piece* entries,
+    int chunk, int loader, int loaders, const Buffer& buffer) {
+    const int thread = loader * WARP + threadIdx.x % WARP;
+    copy_entries(a, entries + widening(chunk, a.pieces), thread, loaders * WARP, buffer);
+    const Share share = find_share(a, thread, loaders * WARP);
     const int alignment = min(16, QUAD * static_cast<int>(sizeof(Storage)));
     if (a.load_quads && reinterpret_cast<unsigned long long>(a.read) % alignment == 0) {
-        load_inputs<QUAD>(a, share, input, cells, buffer.tile, chunk * a.chunk);
+        load_inputs<QUAD>(a, share, windows, cells, buffer.tile, chunk * a.chunk);
     } else {
-        load_inputs<1>(a, share, input, cells, buffer.tile, chunk * a.chunk);
+        load_inputs<1>(a, share, windows, cells, buffer.tile, chunk * a.chunk);
     }
-    load_entries(a, begins, channels, chunk, ends, loader, loaders, buffer);
     commit_copies();
     wait_for_copies<0>();
 }
@@ -485,13 +443,15 @@ __device__ __forceinline__ void compute(
 #pragma unroll
     for (int j = 0; j < POSITIONS; ++j) {
         const int pixel = j * WARP + threadIdx.x % WARP;
-        const int y = divide(pixel, a.tiling.by_tile_w);
-        const int x = pixel - y * a.tiling.tile_w;
-        // A pixel behind the tile's end is pixel 0 again; it isn't stored.
-        places[j] = y < a.tiling.tile_h
-                        ? (y * a.geometry.h.stride * a.lattice.row_pitch + x) *
-                              static_cast<int>(sizeof(Accumulator))
-                        : 0;
+        const int image = divide(pixel, a.by_area);
+        const int y = divide(pixel - image * a.by_area.divisor, a.tiling.by_tile_w);
+        const int x = pixel - image * a.by_area.divisor - y * a.tiling.tile_w;
+        // A pixel behind the tile's or the row's end is another one again; it isn't stored.
+        const int word = image * a.image_pitch +
+                         y * a.geometry.h.stride * a.lattice.row_pitch +
+                         min(x, a.width - 1);
+        places[j] =
+            image < a.tile_images ? word * static_cast<int>(sizeof(Accumulator)) : 0;
     }
     for (int chunk = 0; chunk < a.chunks; ++chunk) {
         const Buffer buffer = find_buffer(a, buffers, chunk);
@@ -499,15 +459,20 @@ __device__ __forceinline__ void compute(
 #pragma unroll
         for (int j = 0; j < POSITIONS; ++j) in_tile[j] = buffer.tile + places[j];
         meet();
+        // All of them at once, before any is waited for.
+        Span spans[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            spans[r] = buffer.spans[min(warp_row + r, a.by_block_rows.divisor - 1)];
+        }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             if (r < rows) {
-                const Span span = buffer.spans[warp_row + r];
-                const int quads = (span.count + QUAD - 1) / QUAD;
+                const int quads = (spans[r].count + QUAD - 1) / QUAD;
                 const int first = quads * slice >> a.slices_log2;
                 const int end = quads * (slice + 1) >> a.slices_log2;
-                const int count = min(span.count, end * QUAD) - first * QUAD;
-                add_row(in_tile, buffer.entries + span.first + first, count, sums[r]);
+                const int count = min(spans[r].count, end * QUAD) - first * QUAD;
+                add_row(in_tile, buffer.entries + spans[r].first + first, count, sums[r]);
             }
         }
     }
@@ -529,29 +494,28 @@ extern "C" __global__ void __launch_bounds__((MAX_WARPS + LOADERS) * WARP, 1)
     const int row_group = blockIdx.x % a.row_groups;
     const int group_blocks = (geometry.group_out + block_rows - 1) / block_rows;
     const int group = row_group / group_blocks;
-    const int set = block / a.subtiles;
+    const int set = block / a.tiles;
     const int row_in_group = row_group % group_blocks * block_rows;
     const int channels = min(block_rows, geometry.group_out - row_in_group);
     const int first_channel = group * geometry.group_out + row_in_group;
-    const int* begins =
-        a.begins + widening(set * geometry.out_channels + first_channel, a.chunks + 1);
+    const Piece* entries =
+        a.entries + widening(set * a.row_groups + row_group, a.chunks) * a.pieces;
 
     const Windows windows =
-        find_windows(a, set, block % a.subtiles, group * geometry.group_in);
-    list_cells(a, find_share(a, threadIdx.x, blockDim.x), windows.input, cells, buffers);
+        find_windows(a, set, block % a.tiles, group * geometry.group_in);
+    list_cells(a, find_share(a, threadIdx.x, blockDim.x), windows, cells, buffers);
     __syncthreads();
-    load_chunk(a, windows.input, cells, begins, channels, 0, warp, warps,
-               find_buffer(a, buffers, 0));
+    load_chunk(a, windows, cells, entries, 0, warp, warps, find_buffer(a, buffers, 0));
     Accumulator* staged = reinterpret_cast<Accumulator*>(buffers);
     if (warp >= warps - LOADERS) {
         meet();
         for (int chunk = 1; chunk < a.chunks; ++chunk) {
             // Nobody reads any more what was two chunks before.
-            load_chunk(a, windows.input, cells, begins, channels, chunk,
-                       warp - (warps - LOADERS), LOADERS, find_buffer(a, buffers, chunk));
+            load_chunk(a, windows, cells, entries, chunk, warp - (warps - LOADERS), LOADERS,
+                       find_buffer(a, buffers, chunk));
             meet();
         }
-        list_outputs(a, windows.output, offsets);
+        list_outputs(a, windows, offsets);
         meet();
     } else {
         const int slice = warp / a.row_warps;

@@ -6,7 +6,6 @@ memory. Pure functions; the tiles themselves are `spmm`'s.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -14,12 +13,19 @@ from dataclasses import dataclass
 
 from sparse_conv.gather import Gather
 from sparse_conv.launch import WARP
-from sparse_conv.spmm import SpmmBlock, SpmmConfig, fits, make_spmm_block, spmm_defines
+from sparse_conv.spmm import (
+    SpmmBlock,
+    SpmmConfig,
+    fits,
+    make_spmm_block,
+    place_defines,
+    spmm_defines,
+)
 from sparse_conv.tiling import PACKS, QUAD, DeviceLimits, phase_outputs
 
 # (POSITIONS, ROWS) that conv2d_spmm.cu is compiled for, where the sums of a thread take
 # so many registers at most.
-VARIANTS = ((1, 2), (2, 2), (4, 2), (8, 2), (4, 8), (8, 4))
+VARIANTS = ((1, 2), (2, 2), (4, 2), (2, 8), (7, 4), (4, 8))
 _MOST_SUM_REGISTERS = 32
 # TensorFlow keeps integers in host memory.
 DTYPES = tuple(dtype for dtype in PACKS if dtype != "int32")
@@ -29,25 +35,28 @@ _DIVISIONS = (
     (2, 4, 2), (2, 8, 1), (2, 8, 2), (2, 16, 1), (4, 16, 1), (8, 16, 1),
 )  # fmt: skip
 _WIDTHS = (7, 8, 14, 16, 28, 32)
-_CHUNKS = (8, 16, 32, 64, 128, 256, 512)
+# Lanes of a row that may have no output, so that the others meet different banks.
+_BESIDE = 8
+_CHUNKS = (8, 16, 32, 48, 64, 96, 128, 256, 512)
 
-# Fitted to 1,888 launches of 44 kernels, on an H100: half of the predictions are within
-# 5 %. What the model takes was 2 % slower than the best configuration tried, in the
-# mean, and at most 19 %.
+# Fitted to 2,327 launches of 53 kernels, on an H100: half of the predictions are within
+# 7 %. What the model takes was 3 % slower than the best configuration tried, in the
+# mean, and at most 24 %.
 # Clocks of a launch, and of each block that a multiprocessor has in turn.
-_LAUNCH_CLOCKS = 4400
-_BLOCK_CLOCKS = 4900
-# Of an entry beside the wavefronts of its inputs.
-_ENTRY_CLOCKS = 0.7
+_LAUNCH_CLOCKS = 2750
+_BLOCK_CLOCKS = 5660
+# Of a wavefront that delivers inputs, and of an entry beside them.
+_WAVEFRONT_CLOCKS = 1.17
+_ENTRY_CLOCKS = 0.87
 # Of 32 inputs that are loaded.
-_LOAD_CLOCKS = 3.44
+_LOAD_CLOCKS = 5.83
 # Of a chunk, and of each part of a row in it.
-_CHUNK_CLOCKS = 1160
-_ROW_CLOCKS = 31
+_CHUNK_CLOCKS = 922
+_ROW_CLOCKS = 12.7
 # Of 32 sums that are staged, or added to others, and stored.
-_STORE_CLOCKS = 12
+_STORE_CLOCKS = 11.8
 # Of an entry of one warp: what it waits for.
-_ALONE_CLOCKS = 2.2
+_ALONE_CLOCKS = 3.0
 # Entries of a chunk vary about their mean: by so many standard deviations, at most.
 _DEVIATIONS = 5
 
@@ -93,15 +102,17 @@ def choose_spmm_block(
 def described(block: SpmmBlock) -> str:
     """A configuration in words."""
     config = block.config
+    images = f"{config.images}x" if config.images > 1 else ""
     return (
-        f"tiles of {config.tile_h}x{config.tile_w} outputs, {config.block_rows} output "
-        f"and {config.chunk} input channels at a time"
+        f"tiles of {images}{config.tile_h}x{block.width} outputs, {config.block_rows} "
+        f"output and {config.chunk} input channels at a time"
     )
 
 
 def reachable() -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
     """Every (function, defines) that a launch can name."""
     for dtype in DTYPES:
+        yield "place_entries", place_defines(dtype)
         for positions, rows in _variants(dtype):
             yield "conv2d_spmm", spmm_defines(dtype, positions, rows)
 
@@ -115,21 +126,10 @@ def _variants(dtype: str) -> list[tuple[int, int]]:
 def _candidates(gather: Gather, dtype: str) -> Iterator[SpmmConfig]:
     """The configurations worth comparing."""
     variants = _variants(dtype)
-    height, width = phase_outputs(gather.h), phase_outputs(gather.w)
     group_in = gather.in_channels // gather.groups
     group_out = gather.out_channels // gather.groups
     chunks = sorted({group_in, *(chunk for chunk in _CHUNKS if chunk < group_in)})
-    tiles = {
-        (positions, min(height, positions * WARP // tile_w), tile_w)
-        for positions in {positions for positions, _ in variants}
-        for tile_w in {min(width, tile_w) for tile_w in _WIDTHS}
-        if tile_w <= positions * WARP
-    }
-    for positions, most_h, tile_w in sorted(tiles):
-        # As few equal tiles as there can be, so that none has few rows.
-        tile_h = -(-height // -(-height // most_h))
-        if 2 * tile_h * tile_w <= positions * WARP and positions > 1:
-            continue
+    for positions, images, tile_h, tile_w in _tiles(gather, variants):
         for warp_rows, row_warps, slices in _DIVISIONS:
             rows = next(
                 (r for p, r in variants if p == positions and r >= warp_rows), None
@@ -137,11 +137,33 @@ def _candidates(gather: Gather, dtype: str) -> Iterator[SpmmConfig]:
             # Of more rows than there are, a part is idle.
             if rows is None or warp_rows * row_warps >= 2 * max(group_out, 4):
                 continue
-            config = SpmmConfig(
-                positions, rows, warp_rows, row_warps, slices, tile_h, tile_w, group_in
-            )
             for chunk in chunks:
-                yield dataclasses.replace(config, chunk=chunk)
+                yield SpmmConfig(
+                    positions, rows, warp_rows, row_warps, slices, tile_h, tile_w,
+                    chunk, images,
+                )  # fmt: skip
+
+
+def _tiles(
+    gather: Gather, variants: list[tuple[int, int]]
+) -> Iterator[tuple[int, int, int, int]]:
+    """The tiles worth comparing: positions, images, height and width."""
+    height, width = phase_outputs(gather.h), phase_outputs(gather.w)
+    widths = {tile_w for tile_w in _WIDTHS if tile_w < width + _BESIDE}
+    widths |= {width} if width < max(_WIDTHS) else set()
+    for positions in sorted({positions for positions, _ in variants}):
+        lanes = positions * WARP
+        for tile_w in sorted(widths):
+            most_h = lanes // tile_w
+            if not most_h:
+                continue
+            # As few equal tiles as there can be, so that none has few rows.
+            tile_h = -(-height // -(-height // most_h))
+            images = 1
+            if tile_h == height and tile_w >= width:
+                images = max(1, min(gather.n, lanes // (tile_h * tile_w)))
+            if 2 * images * tile_h * tile_w > lanes or positions == 1:
+                yield positions, images, tile_h, tile_w
 
 
 def _capacity(gather: Gather, nnz: int, block: SpmmBlock) -> int:
@@ -163,11 +185,11 @@ def spmm_clocks(
     inputs = min(lattice.extent_h, gather.h.inputs) * min(
         lattice.extent_w, gather.w.inputs
     )
-    inputs *= gather.in_channels // gather.groups
-    sums = rows * config.tile_h * config.tile_w * (1 + config.slices)
+    inputs *= config.images * (gather.in_channels // gather.groups)
+    sums = rows * config.pixels * (1 + config.slices)
     clocks = (
         _BLOCK_CLOCKS
-        + row_entries * rows * (block.wavefronts + _ENTRY_CLOCKS)
+        + row_entries * rows * (_WAVEFRONT_CLOCKS * block.wavefronts + _ENTRY_CLOCKS)
         + inputs / WARP * _LOAD_CLOCKS
         + block.chunks * (_CHUNK_CLOCKS + rows * config.slices * _ROW_CLOCKS)
         + sums / WARP * _STORE_CLOCKS

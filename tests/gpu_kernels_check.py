@@ -265,12 +265,18 @@ def run_spmm(run: Runner, case: Case, config: SpmmConfig) -> int:
         placed = spmm.place_rows(gather, rows, case.dtype, block)
         if not spmm.fits(case.dtype, block, placed.capacity, H200):
             continue
+        sizes = (gather, case.dtype, block, placed.capacity)
         arrays = {
-            "read": read, "values": case.values, "offsets": placed.offsets,
-            "begins": placed.begins, "order": rows.order, "bias": bias,
+            "values": case.values, "sources": placed.sources,
+            "offsets": placed.offsets, "spans": placed.spans,
+            "write": np.empty(spmm.entries_bytes(*sizes), np.uint8),
+        }  # fmt: skip
+        entries = run(spmm.place_launch(*sizes), arrays, ("write",))["write"]
+        arrays = {
+            "read": read, "entries": entries, "bias": bias,
             "origins": origins(gather), "write": np.empty(shape, read.dtype),
         }  # fmt: skip
-        launch = spmm.spmm_launch(gather, case.dtype, block, placed.capacity)
+        launch = spmm.spmm_launch(*sizes)
         case.check(name, run(launch, arrays, ("write",))["write"], gather.row_length)
         count += 1
     return count
@@ -369,7 +375,9 @@ SPMM_CONFIGS = [
     SpmmConfig(1, 2, 2, 4, 2, 4, 8, 2**20),
     SpmmConfig(2, 2, 1, 16, 1, 7, 9, 8),
     SpmmConfig(4, 8, 5, 4, 1, 8, 14, 4),
-    SpmmConfig(8, 4, 4, 2, 8, 14, 16, 1),
+    SpmmConfig(7, 4, 4, 2, 8, 14, 16, 1),
+    SpmmConfig(7, 4, 2, 4, 2, 7, 8, 16, images=4),
+    SpmmConfig(2, 8, 8, 2, 1, 7, 7, 3, images=2),
 ]
 WGRAD_CONFIGS = [
     plan.WgradConfig(4, 2, 3, 8, 16, 3, 3),

@@ -20,7 +20,7 @@ from sparse_conv.activations import get as get_activation
 from sparse_conv.baked import BakedConfig
 from sparse_conv.gather import Gather, dgrad_gather, fprop_gather
 from sparse_conv.plan import Direct, TileConfig, WgradConfig
-from sparse_conv.spmm import SpmmConfig
+from sparse_conv.spmm import SpmmConfig, make_spmm_block, place_rows
 from tests.baked_configs import fitted
 from tests.baked_passes import (
     baked_dgrad_calls,
@@ -40,9 +40,15 @@ from tests.emulated_passes import (
     wgrad_calls,
 )
 from tests.emulator import EmulationError
-from tests.problems import make, make_data
+from tests.problems import make, make_data, make_pattern
 from tests.reference import conv2d_reference, dgrad_reference, wgrad_reference
-from tests.spmm_passes import spmm_dgrad_call, spmm_fprop_call
+from tests.spmm_passes import (
+    entries_of,
+    place_call,
+    spmm_call,
+    spmm_dgrad_call,
+    spmm_fprop_call,
+)
 from tests.tolerance import assert_exact
 
 
@@ -183,17 +189,20 @@ def check_compress(text: str) -> None:
 
 
 # Several warps and chunks, rows that warps lack, and tails.
-SPMM_WIDE = SpmmConfig(2, 2, 2, 2, 1, 4, 11, 2)
+SPMM_WIDE = SpmmConfig(7, 4, 2, 2, 1, 4, 11, 2)
 # Slices of rows, and of quads of channels three to a thread.
 SPMM_SLICED = SpmmConfig(1, 2, 1, 2, 4, 4, 5, 4)
-# More rows than a warp has lanes.
-MANY_ROWS = make((1, 2, 3, 4), (1, 2, 4, 50))
-SPMM_ROWS = SpmmConfig(4, 8, 8, 5, 1, 2, 3, 2)
 # As many cells as threads that load them; more quads of channels than a warp loads.
-BROAD = make((1, 16, 16, 4), (1, 1, 4, 3), data_format="NCHW")
-SPMM_BROAD = SpmmConfig(8, 4, 3, 1, 2, 16, 16, 2)
+BROAD = make((1, 16, 16, 8), (3, 3, 8, 3), 1, "VALID", data_format="NCHW")
+SPMM_BROAD = SpmmConfig(7, 4, 3, 1, 2, 14, 14, 4)
 DEEP = make((1, 3, 4, 40), (1, 1, 40, 12))
 SPMM_DEEP = SpmmConfig(1, 2, 2, 2, 2, 3, 4, 40)
+# Images in a tile, of which the last one lacks some; in both the rows share margins, in
+# one the images do, too.
+PADDED = make((5, 4, 7, 8), (3, 3, 8, 8))
+HIGHER = make((5, 7, 7, 8), (3, 3, 8, 8))
+SPMM_APART = SpmmConfig(7, 4, 4, 2, 1, 7, 8, 4, images=3)
+SPMM_JOINED = SpmmConfig(7, 4, 2, 4, 1, 4, 8, 4, images=3)
 
 # Channels that are copied in vectors, in two chunks of which the second is shorter;
 # more outputs than are staged at once. Of 16 bits, eight at a time, or four.
@@ -294,8 +303,9 @@ def check_spmm(text: str) -> None:
     calls, expected = [], []
     for problem, config in (
         (NHWC, SPMM_WIDE), (NCHW, SPMM_WIDE), (FOURS, SPMM_WIDE),
-        (NHWC, SPMM_SLICED), (VECTORS, SPMM_SLICED), (MANY_ROWS, SPMM_ROWS),
-        (BROAD, SPMM_BROAD), (DEEP, SPMM_DEEP),
+        (NHWC, SPMM_SLICED), (VECTORS, SPMM_SLICED),
+        (BROAD, SPMM_BROAD), (DEEP, SPMM_DEEP), (HIGHER, SPMM_APART),
+        (PADDED, SPMM_JOINED),
     ):  # fmt: skip
         data = make_data(problem, "float32", 0.5, whole=True)
         calls.append(spmm_fprop_call(problem, data, "float32", config, bias=True))
@@ -303,8 +313,36 @@ def check_spmm(text: str) -> None:
         expected.append(conv2d_reference(data.x, data.dense, problem) + bias)
         calls.append(spmm_dgrad_call(problem, data, "float32", config))
         expected.append(dgrad_reference(data.dy, data.dense, problem))
+    calls.append(infinite_call())
+    expected.append(0.0 * expected[0])
     for result, exact in zip(run_calls(calls, text), expected, strict=True):
         assert_exact(result["write"], exact, "spmm")
+
+
+def infinite_call() -> Call:
+    """A pass over an input that is infinite wherever the pattern reads nothing."""
+    data = make_data(NHWC, "float32", 0.5, whole=True)
+    read = np.zeros_like(data.x)
+    # The padding of quads reads the first channel.
+    read[..., 0] = np.inf
+    mask = data.dense != 0
+    mask[:, :, 0] = False
+    pattern = make_pattern(mask)
+    return spmm_call(
+        fprop_gather(NHWC), pattern.fprop_rows(), np.ones(pattern.nnz, np.float32),
+        read, NHWC.output_shape, "float32", SPMM_SLICED,
+    )  # fmt: skip
+
+
+def check_place(text: str) -> None:
+    gather = dgrad_gather(NHWC)
+    data = make_data(NHWC, "float32", 0.5, whole=True)
+    block = make_spmm_block(gather, "float32", SPMM_WIDE)
+    placed = place_rows(gather, data.pattern.dgrad_rows(gather), "float32", block)
+    call = place_call(gather, placed, data.values, "float32", block)
+    written = run_calls([call], text)[0]["write"]
+    expected = entries_of(placed, data.values, "float32")
+    np.testing.assert_array_equal(written, expected.ravel())
 
 
 CLUSTERS = "conv2d_baked in clusters"
@@ -317,6 +355,7 @@ CHECKS = {
     "sum_partials": check_sum,
     "compress": check_compress,
     "conv2d_spmm": check_spmm,
+    "place_entries": check_place,
     "conv2d_baked": check_baked,
     CLUSTERS: check_baked_clusters,
 }
@@ -382,21 +421,29 @@ MISTAKES = {
         (r"next\.channel \+= share\.at_once \* UNIT", "next.channel += UNIT"),
         (r"\(count - 1 - next\.cell\)", "(count - next.cell)"),
         (r"\(channels - 1 - next\.channel\)", "(channels - next.channel)"),
-        (r"left % 2", "left % 2 == 0"),
-        (r"left >= 2\)", "left > 2)"),
-        (r"\(y - window\.y_begin\) \* window\.x_count", "y * window.x_count"),
+        (r"left % 2\)", "left % 2 == 0)"),
+        (r"left % 4 >= 2\)", "left % 4 > 2)"),
+        (r"left >= 4\)", "left > 4)"),
+        (r"y - window\.y_begin\) \* window\.x_count", "y) * window.x_count"),
+        (r"image \* window\.y_count \+", ""),
         (r"\* a\.steps\.read_channel;\n        batch", "* 1;\n        batch"),
         (r"k \* plane", "k * 4"),
-        # Which entries are loaded, and where they go.
-        (r"__ldg\(own \+ 1\)", "__ldg(own + 1) - 1"),
-        (r"quads = \(span\.count \+ QUAD - 1\)", "quads = span.count"),
-        (r"place \+ behind - quads", "behind - quads"),
-        (r"entries\[i / QUAD\]", "entries[i / (QUAD + 1)]"),
-        (r"a\.order \? __ldg\(a\.order \+ begin \+ i\)", "a.order ? begin + i"),
-        (r"first_row \+ lane < channels\) buffer", "lane < channels) buffer"),
+        # Images of a tile, and places that they share.
+        (r"& \(image < windows\.images\)", ""),
+        (r"min\(a\.tile_images, a\.images - subtile\.image\)", "a.tile_images"),
+        (r"subtile\.image \*= a\.tile_images", "subtile.image *= 1"),
+        (r"if \(next_image \| next_row\)", "if (next_image | next_row | last)"),
+        (r"!\(\(last \| apart\)", "!(last"),
+        (r"= \(y >= a\.image_rows\) & !last", "= y >= a.image_rows"),
+        (r"image \* a\.image_pitch \+", ""),
+        (r"min\(x, a\.width - 1\)", "x * 1000"),
+        # Which entries are copied.
+        (r"i < a\.pieces", "i < a.pieces - 1"),
+        (r"widening\(chunk, a\.pieces\)", "0"),
+        (r"set \* a\.row_groups \+ row_group, a\.chunks", "row_group, a.chunks"),
         # What a warp adds.
         (r"quads \* \(slice \+ 1\)", "quads * slice"),
-        (r"min\(span\.count, end \* QUAD\)", "end * QUAD"),
+        (r"min\(spans\[r\]\.count, end \* QUAD\)", "end * QUAD"),
         (r"if \(k < count\)", "if (k <= count)"),
         (r"count > QUAD; count", "count >= QUAD; count"),
         (r"\*\+\+entries", "*entries++"),
@@ -460,6 +507,13 @@ MISTAKES = {
         (r"row\.set_h \* geometry\.h\.taps", "row.set_h"),
         (r"group \* geometry\.group_in \+ channel", "channel"),
         (r"= \(row_length - 1\) / parts \+ 1", "= row_length / parts"),
+    ],
+    "place_entries": [
+        (r"number >= a\.count\) return", "number > a.count) return"),
+        (r"source < 0 \?", "source <= 0 ?"),
+        (r"part \* a\.quads \+ unit", "unit"),
+        (r"part \* a\.span_pieces \+ piece", "piece"),
+        (r"\* \(pieces_of_quads \+ a\.span_pieces\)", "* pieces_of_quads"),
     ],
     "conv2d_baked": [
         # Which outputs, which pixels.

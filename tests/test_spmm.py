@@ -21,7 +21,13 @@ from tests.conftest import skip_unless_usable
 from tests.emulated_passes import run_calls
 from tests.problems import DENSITIES, DTYPES, FEW_PROBLEMS, PROBLEMS, make, make_data
 from tests.reference import conv2d_reference, dgrad_reference
-from tests.spmm_passes import spmm_configs, spmm_dgrad_call, spmm_fprop_call
+from tests.spmm_passes import (
+    entries_of,
+    place_call,
+    spmm_configs,
+    spmm_dgrad_call,
+    spmm_fprop_call,
+)
 from tests.tolerance import assert_exact
 
 WRITING = [
@@ -102,7 +108,7 @@ def test_a_gpu_without_room_gets_no_configuration():
     assert choice.clocks == float("inf")
 
 
-def test_the_capacity_is_that_of_the_fullest_block():
+def test_rows_are_placed_part_by_part():
     gather = fprop_gather(make((1, 4, 4, 4), (1, 1, 4, 5)))
     rows = Rows(
         np.array([0, 0, 1, 5, 6], np.int32), np.array([0, 1, 5, 6, 6], np.int32),
@@ -110,11 +116,65 @@ def test_the_capacity_is_that_of_the_fullest_block():
     )  # fmt: skip
     block = spmm.make_spmm_block(gather, "float32", SpmmConfig(1, 2, 2, 1, 1, 4, 4, 2))
     placed = spmm.place_rows(gather, rows, "float32", block)
-    np.testing.assert_array_equal(
-        placed.begins, [[0, 0, 0], [0, 0, 1], [1, 3, 5], [5, 6, 6], [6, 6, 6]]
-    )
     # Rows 2 and 3 have two and one entries of the first chunk, in a quad each.
     assert placed.capacity == 8
+    # Blocks of two rows, and of each two chunks; the last block has one row.
+    np.testing.assert_array_equal(
+        placed.sources.reshape(3, 2, 8)[:, :, [0, 1, 4]],
+        [[[-1, -1, -1], [0, -1, -1]], [[1, 2, 5], [3, 4, -1]], [[-1] * 3, [-1] * 3]],
+    )
+    plane = 4 * block.lattice.plane_pitch
+    assert placed.offsets.reshape(3, 2, 8)[1, 1, :2].tolist() == [0, plane]
+    np.testing.assert_array_equal(
+        placed.spans.reshape(3, 2, 2, 2),
+        [
+            [[[0, 0], [0, 0]], [[0, 0], [0, 1]]],
+            [[[0, 2], [1, 1]], [[0, 2], [1, 0]]],
+            [[[0, 0], [0, 0]], [[0, 0], [0, 0]]],
+        ],
+    )
+
+
+@pytest.mark.parametrize("dtype", spmm_plan.DTYPES)
+@pytest.mark.parametrize("problem", FEW_PROBLEMS, ids=str)
+def test_values_are_placed(problem, dtype):
+    data = make_data(problem, dtype, 0.3, whole=True)
+    calls, expected = [], []
+    for gather in (fprop_gather(problem), dgrad_gather(problem)):
+        fprop = gather == fprop_gather(problem)
+        rows = data.pattern.fprop_rows() if fprop else data.pattern.dgrad_rows(gather)
+        for config in spmm_configs(gather):
+            block = spmm.make_spmm_block(gather, dtype, config)
+            if block is not None:
+                placed = spmm.place_rows(gather, rows, dtype, block)
+                calls.append(place_call(gather, placed, data.values, dtype, block))
+                expected.append(entries_of(placed, data.values, dtype))
+    for written, entries in zip(run_calls(calls), expected, strict=True):
+        np.testing.assert_array_equal(written["write"], entries.ravel())
+
+
+def layout_of(shape, kernel_shape, config, **geometry):
+    gather = fprop_gather(make(shape, kernel_shape, **geometry))
+    return spmm.make_spmm_block(gather, "float32", config)
+
+
+def test_margins_share_their_places():
+    config = SpmmConfig(2, 2, 1, 4, 1, 7, 8, 4)
+    block = layout_of((1, 7, 7, 4), (3, 3, 4, 4), config)
+    # A row's last column is the next one's first. Eight lanes read seven outputs.
+    assert (block.lattice.row_pitch, block.width, block.wavefronts) == (8, 7, 2)
+    assert block.lattice.plane_pitch == 8 * 8 + 9
+    # Without a margin there is nothing to share.
+    block = layout_of((1, 9, 9, 4), (3, 3, 4, 4), config, padding="VALID")
+    assert block.lattice.row_pitch >= 9
+
+
+def test_images_share_a_tile():
+    config = SpmmConfig(7, 4, 4, 2, 1, 7, 8, 4, images=4)
+    block = layout_of((6, 7, 7, 4), (3, 3, 4, 4), config)
+    assert block.tiling.subtiles == 2
+    # No bank serves two lanes of a warp, whichever images they are of.
+    assert block.wavefronts == 7
 
 
 def operands(dtype, data_format="NHWC"):

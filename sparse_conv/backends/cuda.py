@@ -12,8 +12,8 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -98,13 +98,12 @@ def fprop(
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The forward pass."""
-    del constant
     gather = fprop_gather(problem)
     generic = None
     if pattern is not None:
         generic = _spmm_run(
             "fprop", problem, pattern, pattern.fprop_rows, activation, dtype, shape,
-            place,
+            place, constant,
         )  # fmt: skip
     if generic is None:
         launch = plan.gather_launch(
@@ -116,13 +115,15 @@ def fprop(
             has_order=False,
             device=limits(place),
         )
-        rows = None
-        if pattern is not None:
+        if pattern is None:
+            compress = plan.compress_launch(
+                gather, dtype.name, problem.kernel_shape, transposed=False
+            )
+            kernel = _CompressedKernel(compress, gather, place)
+        else:
             rows = _pattern_rows(pattern, "fprop", pattern.fprop_rows, place)
-        compress = plan.compress_launch(
-            gather, dtype.name, problem.kernel_shape, transposed=False
-        )
-        generic = _gather_run(launch, gather, compress, rows, dtype, shape, place)
+            kernel = _ValuesOf(rows)
+        generic = _gather_run(launch, gather, kernel, dtype, shape, place)
     if algorithm != "baked":
         return generic
     code = _baked_code("fprop", gather, pattern, dtype, place)
@@ -142,13 +143,12 @@ def dgrad(
     shape: tuple[int, ...],
 ) -> Callable[..., tf.Tensor]:
     """The gradient to the input."""
-    del constant
     gather = dgrad_gather(problem)
     generic = None
     if pattern is not None:
         generic = _spmm_run(
             "dgrad", problem, pattern, lambda: pattern.dgrad_rows(gather), LINEAR.code,
-            dtype, shape, place,
+            dtype, shape, place, constant,
         )  # fmt: skip
     if generic is None:
         launch = plan.gather_launch(
@@ -159,16 +159,18 @@ def dgrad(
             has_order=pattern is not None,
             device=limits(place),
         )
-        rows = None
-        if pattern is not None:
+        if pattern is None:
+            compress = plan.compress_launch(
+                gather, dtype.name, problem.kernel_shape, transposed=True
+            )
+            kernel = _CompressedKernel(compress, gather, place)
+        else:
             key = (gather.groups, gather.h.kernel_taps, gather.w.kernel_taps)
             rows = _pattern_rows(
                 pattern, key, lambda: pattern.dgrad_rows(gather), place
             )
-        compress = plan.compress_launch(
-            gather, dtype.name, problem.kernel_shape, transposed=True
-        )
-        generic = _gather_run(launch, gather, compress, rows, dtype, shape, place)
+            kernel = _ValuesOf(rows)
+        generic = _gather_run(launch, gather, kernel, dtype, shape, place)
     if algorithm != "baked":
         return generic
     code = _baked_code("dgrad", gather, pattern, dtype, place)
@@ -241,7 +243,7 @@ def estimates(
 ) -> tuple[Estimate, ...]:
     """What each algorithm would take; see `sparse_conv.backends`."""
     sizes = (pass_name, problem, dtype.name, nnz, limits(place), machine(place))
-    cost = cuda_costs.generic_cost(*sizes, sparse)
+    cost = cuda_costs.generic_cost(*sizes, sparse, constant)
     reason = f"functions that read the {nnz} weights"
     if cost.block is not None:
         reason = f"{reason}, in {spmm_plan.described(cost.block)}"
@@ -294,29 +296,86 @@ def tuned(
     return f"{described(code.block, pattern.nnz)}, the fastest of {code.compared}"
 
 
+class _ValuesOf:
+    """The operands that stand for a kernel whose pattern is known: rows, and values."""
+
+    def __init__(self, rows: Operands):
+        self.fixed = rows
+
+    def operands(self, w: tf.Tensor) -> Operands:
+        return {"values": known_memory(w)}
+
+
+class _CompressedKernel:
+    """Those of a dense kernel, found on the GPU without a wait of the host."""
+
+    def __init__(self, compress: Launch, gather: Gather, place: Place):
+        self.fixed: Operands = {}
+        self._launch = compress
+        self._gather = gather
+        self._place = place
+
+    def operands(self, w: tf.Tensor) -> Operands:
+        return cached(w, self._launch, lambda: self._compressed(w))
+
+    def _compressed(self, w: tf.Tensor) -> Operands:
+        gather, place = self._gather, self._place
+        slots = gather.rows * gather.row_length
+        # One piece of memory: to make one, and to learn its address, takes the host
+        # some 50 us.
+        sizes = {
+            "values": slots * w.dtype.size,
+            "indices": slots * _INDEX_BYTES,
+            "begin": gather.rows * _INDEX_BYTES,
+            "end": gather.rows * _INDEX_BYTES,
+        }
+        padded = {name: _padded(size) for name, size in sizes.items()}
+        rows = _pieces(_raw_memory(sum(padded.values()), place), padded)
+        ordinal = bridge.ordinal_of(place)
+        step = Step(self._launch, ordinal, {"taps": _kernel_taps(gather, place)})
+        with ordered(ordinal) as lane:
+            lane.launch(step, {**rows, "kernel": known_memory(w)})
+        return rows
+
+
+class _PlacedKernel:
+    """Those of conv2d_spmm: entries in the order in which it copies them."""
+
+    def __init__(
+        self, place_entries: Launch, rows: _PlacedRows, nbytes: int, place: Place
+    ):
+        self.fixed: Operands = {}
+        self._rows = rows
+        self._place = place
+        self._nbytes = nbytes
+        self._step = Step(place_entries, bridge.ordinal_of(place), rows.operands)
+
+    def operands(self, w: tf.Tensor) -> Operands:
+        # By its rows: others may have the same values.
+        return cached(w, self._rows, lambda: self._placed(w))
+
+    def _placed(self, w: tf.Tensor) -> Operands:
+        entries = _raw_memory(self._nbytes, self._place)
+        with ordered(bridge.ordinal_of(self._place)) as lane:
+            lane.launch(self._step, {"values": known_memory(w), "write": entries})
+        return {"entries": entries}
+
+
 def _gather_run(
     launch: Launch,
     gather: Gather,
-    compress: Launch | None,
-    rows: Operands | None,
+    kernel: _ValuesOf | _CompressedKernel | _PlacedKernel,
     dtype: tf.DType,
     shape: tuple[int, ...],
     place: Place,
 ) -> Callable[..., tf.Tensor]:
-    """The function of fprop and of dgrad; without `rows`, `compress` finds them."""
+    """The function of fprop and of dgrad."""
     ordinal = bridge.ordinal_of(place)
-    origins = {"origins": _origins(gather, place)}
-    step = Step(launch, ordinal, origins if rows is None else {**rows, **origins})
+    step = Step(launch, ordinal, {**kernel.fixed, "origins": _origins(gather, place)})
 
     def run(read: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
         write, memory = bridge.output(shape, dtype, place)
-        operands = {"read": known_memory(read), "write": memory}
-        if rows is None:
-            operands |= cached(
-                w, compress, lambda: _compressed(w, gather, compress, place)
-            )
-        else:
-            operands["values"] = known_memory(w)
+        operands = {"read": known_memory(read), "write": memory, **kernel.operands(w)}
         if bias is not None:
             operands["bias"] = known_memory(bias)
         with ordered(ordinal) as lane:
@@ -326,7 +385,8 @@ def _gather_run(
     return run
 
 
-class _PlacedRows(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class _PlacedRows:
     """Sparse rows on the GPU, for one configuration of conv2d_spmm."""
 
     operands: Operands
@@ -342,32 +402,39 @@ def _spmm_run(
     dtype: tf.DType,
     shape: tuple[int, ...],
     place: Place,
+    constant: bool,
 ) -> Callable[..., tf.Tensor] | None:
     """A pass by conv2d_spmm; None where it doesn't fit or others are faster."""
+    device = limits(place)
     cost = cuda_costs.generic_cost(
-        pass_name, problem, dtype.name, pattern.nnz, limits(place), machine(place), True
-    )
+        pass_name, problem, dtype.name, pattern.nnz, device, machine(place), True,
+        constant,
+    )  # fmt: skip
     block, gather = cost.block, gather_of(pass_name, problem)
     if block is None:
         return None
 
     def placed() -> _PlacedRows:
-        rows = make_rows()
-        found = spmm.place_rows(gather, rows, dtype.name, block)
-        arrays = {"begins": found.begins.ravel(), "offsets": found.offsets}
-        if rows.order is not None:
-            arrays["order"] = rows.order
+        found = spmm.place_rows(gather, make_rows(), dtype.name, block)
+        arrays = {
+            name: getattr(found, name).ravel()
+            for name in ("sources", "offsets", "spans")
+        }
         return _PlacedRows(_upload_pieces(arrays, place), found.capacity)
 
     # All that the rows, and where they are placed, depend on.
     taps = (gather.groups, gather.h.kernel_taps, gather.w.kernel_taps)
     layout = (block.lattice, block.config.block_rows)
     rows = pattern.cached(("cuda spmm", pass_name, taps, layout, dtype, place), placed)
-    if not spmm.fits(dtype.name, block, rows.capacity, limits(place)):
+    sizes = (gather, dtype.name, block, rows.capacity)
+    if not spmm.fits(dtype.name, block, rows.capacity, device):
         # A part of the kernel is far denser than the rest.
         return None
-    launch = spmm.spmm_launch(gather, dtype.name, block, rows.capacity, activation)
-    return _gather_run(launch, gather, None, rows.operands, dtype, shape, place)
+    kernel = _PlacedKernel(
+        spmm.place_launch(*sizes), rows, spmm.entries_bytes(*sizes), place
+    )
+    launch = spmm.spmm_launch(*sizes, activation)
+    return _gather_run(launch, gather, kernel, dtype, shape, place)
 
 
 def _baked_code(
@@ -449,28 +516,15 @@ def _kernel_taps(gather: Gather, place: Place) -> Memory:
     return _upload(np.concatenate(taps), place)
 
 
-def _compressed(w: tf.Tensor, gather: Gather, launch: Launch, place: Place) -> Operands:
-    """The rows of a dense kernel, found on the GPU without a wait of the host."""
-    slots = gather.rows * gather.row_length
-    # One piece of memory: to make one, and to learn its address, takes the host some
-    # 50 us.
-    sizes = {
-        "values": slots * w.dtype.size,
-        "indices": slots * _INDEX_BYTES,
-        "begin": gather.rows * _INDEX_BYTES,
-        "end": gather.rows * _INDEX_BYTES,
-    }
-    padded = {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _raw_memory(nbytes: int, place: Place) -> Memory:
+    """GPU memory for so many bytes, a multiple of _ALIGNMENT."""
     # In rows, whose number needs no more than 31 bits.
-    shape = (sum(padded.values()) // _ALIGNMENT, _ALIGNMENT // _CELL.size)
-    _, together = bridge.output(shape, _CELL, place)
-    rows = _pieces(together, padded)
-    operands = {**rows, "kernel": known_memory(w)}
-    ordinal = bridge.ordinal_of(place)
-    step = Step(launch, ordinal, {"taps": _kernel_taps(gather, place)})
-    with ordered(ordinal) as lane:
-        lane.launch(step, operands)
-    return rows
+    shape = (nbytes // _ALIGNMENT, _ALIGNMENT // _CELL.size)
+    return bridge.output(shape, _CELL, place)[1]
 
 
 @functools.cache

@@ -47,6 +47,7 @@ def generic_cost(
     limits: DeviceLimits,
     machine: Machine,
     sparse: bool,
+    constant: bool = True,
 ) -> GenericCost:
     """The fastest way to compute a pass by functions that read the pattern.
 
@@ -58,6 +59,8 @@ def generic_cost(
         limits: The GPU's.
         machine: The GPU.
         sparse: Whether the pattern is known ahead, as a SparseKernel's is.
+        constant: Whether its values stay the same; what is derived from them, is then
+            derived once.
     """
     factor = costs.dtype_factor(machine, "generic", dtype)
 
@@ -75,6 +78,8 @@ def generic_cost(
     if choice.block is None:
         return best
     terms = {"call": 1.0, "clocks": choice.clocks / 1e3}
+    if not constant:
+        terms |= {"place": 1.0, "placed": nnz / 1e6}
     other = cost(choice.block, f"spmm {pass_name}", terms)
     return min(best, other, key=lambda one: one.microseconds)
 
