@@ -8,9 +8,13 @@
 // busy with few channels and few pixels, as small images have them.
 //
 // Input channels come in chunks. LOADERS warps more than compute bring the next one into
-// shared memory meanwhile, and the entries of it: their weights, and where they read,
-// which the host has found (see spmm.py). The first one is loaded by all. Sums stay in
+// shared memory meanwhile, and the entries of it, which place_entries.cu has put together:
+// their weights, and where they read. The first one is loaded by all. Sums stay in
 // registers.
+//
+// A tile has one phase of one image, or of several small ones. Its planes hold what is
+// read around the outputs, too; zeros at the end of a row may be those in front of the
+// next (see spmm.py).
 //
 // An entry is read by all lanes at once, and then an input for each pixel: shared memory
 // is the bound, as in Sputnik (T. Gale et al., https://arxiv.org/abs/2006.10901).
@@ -417,8 +421,7 @@ __device__ __forceinline__ void meet() {
 #endif
 }
 
-// Loads a chunk; `loaders` warps do, of which the thread's is number
-// `loader`.
+// Loads a chunk; `loaders` warps do, of which the thread's is number `loader`.
 __device__ __forceinline__ void load_chunk(
     const Arguments& a, const Windows& windows, const Cell* cells, const Piece* entries,
     int chunk, int loader, int loaders, const Buffer& buffer) {

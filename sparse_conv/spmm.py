@@ -1,7 +1,7 @@
 """Tiles and entries of `kernels/conv2d_spmm.cu`, for kernels whose pattern is known.
 
-Knows the layout of its tiles in shared memory, and where each entry of a sparse row
-reads them. Pure functions: nothing is compiled, uploaded or measured here. Which
+Knows the layout of its tiles in shared memory, where each entry of a sparse row reads
+them, and how `kernels/place_entries.cu` puts entries together. Pure functions: nothing is compiled, uploaded or measured here. Which
 configuration is taken is decided in `spmm_plan`.
 """
 
