@@ -1,8 +1,9 @@
 """Tiles and entries of `kernels/conv2d_spmm.cu`, for kernels whose pattern is known.
 
 Knows the layout of its tiles in shared memory, where each entry of a sparse row reads
-them, and how `kernels/place_entries.cu` puts entries together. Pure functions: nothing is compiled, uploaded or measured here. Which
-configuration is taken is decided in `spmm_plan`.
+them, and how `kernels/place_entries.cu` puts entries together. Pure functions: nothing
+is compiled, uploaded or measured here. Which configuration is taken is decided in
+`spmm_plan`.
 """
 
 from __future__ import annotations
