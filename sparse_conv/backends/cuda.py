@@ -297,13 +297,17 @@ def tuned(
 
 
 class _ValuesOf:
-    """The operands that stand for a kernel whose pattern is known: rows, and values."""
+    """The operands that stand for a kernel whose pattern is known: rows, and values.
+
+    As of the other kernels, `fixed` are those that are always the same; `operands` gives
+    those that depend on the tensor, and what has to be launched before they are read.
+    """
 
     def __init__(self, rows: Operands):
         self.fixed = rows
 
-    def operands(self, w: tf.Tensor) -> Operands:
-        return {"values": known_memory(w)}
+    def operands(self, w: tf.Tensor) -> tuple[Operands, None]:
+        return {"values": known_memory(w)}, None
 
 
 class _CompressedKernel:
@@ -315,8 +319,8 @@ class _CompressedKernel:
         self._gather = gather
         self._place = place
 
-    def operands(self, w: tf.Tensor) -> Operands:
-        return cached(w, self._launch, lambda: self._compressed(w))
+    def operands(self, w: tf.Tensor) -> tuple[Operands, None]:
+        return cached(w, self._launch, lambda: self._compressed(w)), None
 
     def _compressed(self, w: tf.Tensor) -> Operands:
         gather, place = self._gather, self._place
@@ -342,23 +346,37 @@ class _PlacedKernel:
     """Those of conv2d_spmm: entries in the order in which it copies them."""
 
     def __init__(
-        self, place_entries: Launch, rows: _PlacedRows, nbytes: int, place: Place
+        self,
+        place_entries: Launch,
+        rows: _PlacedRows,
+        nbytes: int,
+        place: Place,
+        constant: bool,
     ):
         self.fixed: Operands = {}
         self._rows = rows
         self._place = place
         self._nbytes = nbytes
+        self._constant = constant
         self._step = Step(place_entries, bridge.ordinal_of(place), rows.operands)
 
-    def operands(self, w: tf.Tensor) -> Operands:
-        # By its rows: others may have the same values.
-        return cached(w, self._rows, lambda: self._placed(w))
+    def operands(self, w: tf.Tensor) -> tuple[Operands, tuple[Step, Operands] | None]:
+        if self._constant:
+            # By its rows: others may have the same values.
+            return cached(w, self._rows, lambda: self._placed(w)), None
+        # Variables hand over a new tensor each time.
+        return self._place_entries(w)
+
+    def _place_entries(self, w: tf.Tensor) -> tuple[Operands, tuple[Step, Operands]]:
+        entries = _raw_memory(self._nbytes, self._place)
+        operands = {"values": known_memory(w), "write": entries}
+        return {"entries": entries}, (self._step, operands)
 
     def _placed(self, w: tf.Tensor) -> Operands:
-        entries = _raw_memory(self._nbytes, self._place)
+        entries, launch = self._place_entries(w)
         with ordered(bridge.ordinal_of(self._place)) as lane:
-            lane.launch(self._step, {"values": known_memory(w), "write": entries})
-        return {"entries": entries}
+            lane.launch(*launch)
+        return entries
 
 
 def _gather_run(
@@ -375,10 +393,13 @@ def _gather_run(
 
     def run(read: tf.Tensor, w: tf.Tensor, bias: tf.Tensor | None = None) -> tf.Tensor:
         write, memory = bridge.output(shape, dtype, place)
-        operands = {"read": known_memory(read), "write": memory, **kernel.operands(w)}
+        own, before = kernel.operands(w)
+        operands = {"read": known_memory(read), "write": memory, **own}
         if bias is not None:
             operands["bias"] = known_memory(bias)
         with ordered(ordinal) as lane:
+            if before is not None:
+                lane.launch(*before)
             lane.launch(step, operands)
         return write
 
@@ -431,7 +452,7 @@ def _spmm_run(
         # A part of the kernel is far denser than the rest.
         return None
     kernel = _PlacedKernel(
-        spmm.place_launch(*sizes), rows, spmm.entries_bytes(*sizes), place
+        spmm.place_launch(*sizes), rows, spmm.entries_bytes(*sizes), place, constant
     )
     launch = spmm.spmm_launch(*sizes, activation)
     return _gather_run(launch, gather, kernel, dtype, shape, place)
