@@ -177,8 +177,10 @@ def _cupy() -> ModuleType:
 @functools.cache
 def ordinal_of(place: Place) -> int:
     """CUDA's number of a GPU, which TensorFlow may count otherwise."""
-    # Not int32, which TensorFlow would put into host memory.
-    probe = memory_of(empty((1,), tf.float32, place))
+    # Who asks first may be building a graph.
+    with tf.init_scope():
+        # Not int32, which TensorFlow would put into host memory.
+        probe = memory_of(empty((1,), tf.float32, place))
     return _cupy().cuda.runtime.pointerGetAttributes(probe.address).device
 
 

@@ -382,6 +382,31 @@ class Model(tf.Module):
         return ours.conv2d(x, self.kernel, **self.options)
 
 
+FIRST = """
+import sys
+import numpy as np
+import tensorflow as tf
+import sparse_conv
+
+w = np.zeros((3, 3, 4, 8), np.float32)
+w[1, 1, 2] = 3.0
+kernel = sparse_conv.SparseKernel.from_dense(w)
+
+@tf.function
+def call(x):
+    return sparse_conv.conv2d(x, kernel, 1, "SAME", backend=sys.argv[1])
+
+x = tf.random.normal((2, 7, 7, 4))
+np.testing.assert_allclose(call(x), 3 * np.tile(x[..., 2:3], 8), rtol=1e-6)
+"""
+
+
+def test_a_graph_may_be_the_first_to_use_a_back_end(backend):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", FIRST, backend.name]
+    subprocess.run(command, cwd=root, check=True, timeout=120)
+
+
 SAVED = {
     "plain": Call(X, KERNEL),
     "strided and padded": Call(

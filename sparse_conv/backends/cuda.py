@@ -299,7 +299,7 @@ def tuned(
 class _ValuesOf:
     """The operands that stand for a kernel whose pattern is known: rows, and values.
 
-    As of the other kernels, `fixed` are those that are always the same; `operands` gives
+    As with the other kernels, `fixed` are those that stay the same. `operands` gives
     those that depend on the tensor, and what has to be launched before they are read.
     """
 
