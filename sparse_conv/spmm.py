@@ -45,7 +45,7 @@ from sparse_conv.tiling import (
 _INDEX_BYTES = 4
 # What shared memory delivers in a clock.
 _WAVEFRONT_BYTES = 128
-# Bytes of the structs Cell and Span in conv2d_spmm.cu.
+# Bytes of the structs Cell in conv2d_spmm.cu and Span in spmm_entries.cuh.
 _CELL_BYTES = 8
 _SPAN_BYTES = 8
 # Warps that load, beside those that compute; as in conv2d_spmm.cu.

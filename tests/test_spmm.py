@@ -140,9 +140,11 @@ def test_rows_are_placed_part_by_part():
 def test_values_are_placed(problem, dtype):
     data = make_data(problem, dtype, 0.3, whole=True)
     calls, expected = [], []
-    for gather in (fprop_gather(problem), dgrad_gather(problem)):
-        fprop = gather == fprop_gather(problem)
-        rows = data.pattern.fprop_rows() if fprop else data.pattern.dgrad_rows(gather)
+    dgrad = dgrad_gather(problem)
+    for gather, rows in (
+        (fprop_gather(problem), data.pattern.fprop_rows()),
+        (dgrad, data.pattern.dgrad_rows(dgrad)),
+    ):
         for config in spmm_configs(gather):
             block = spmm.make_spmm_block(gather, dtype, config)
             if block is not None:
